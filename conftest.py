@@ -1,0 +1,21 @@
+"""Strict JAX on eight virtual CPU devices, for the tests, docstrings and README."""
+
+import os
+
+import jax
+from hypothesis import settings
+from sybil import Sybil
+from sybil.parsers.markdown import PythonCodeBlockParser
+
+jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS", "cpu"))
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Examples that trace and compile have no meaningful deadline on a shared machine.
+settings.register_profile("default", deadline=None, derandomize=True)
+settings.load_profile("default")
+
+pytest_collect_file = Sybil(
+    parsers=[PythonCodeBlockParser()], patterns=["README.md"]
+).pytest()

@@ -1,0 +1,38 @@
+"""The optimizers of ByteDance's Monolith as optax gradient transformations.
+
+Public names are imported on first use, so that `import monolith_optax` alone loads
+neither JAX nor optax and touches no device.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from monolith_optax._adamom import AdamomState as AdamomState
+    from monolith_optax._adamom import adamom as adamom
+    from monolith_optax._rmsprop import RmspropState as RmspropState
+    from monolith_optax._rmsprop import rmsprop as rmsprop
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "AdamomState": "_adamom",
+    "adamom": "_adamom",
+    "RmspropState": "_rmsprop",
+    "rmsprop": "_rmsprop",
+}
+
+__all__ = ["AdamomState", "RmspropState", "adamom", "rmsprop"]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        msg = f"module {__name__!r} has no attribute {name!r}"
+        raise AttributeError(msg)
+    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})

@@ -1,0 +1,155 @@
+"""Adamom: momentum divided by the root of a decayed average of squared gradients."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike, DTypeLike
+
+from monolith_optax import _slots
+
+
+class AdamomState(NamedTuple):
+    """The state of `adamom`.
+
+    Attributes:
+      count: int32 scalar, the steps taken so far; it drives a schedule.
+      m: the momentum, a slot for each parameter.
+      v: the decayed sum of squared gradients, a slot for each parameter.
+      c: the decayed count of gradients that `v` is divided by, a slot for each
+        parameter, or one scalar for all with `compact_c`.
+    """
+
+    count: jax.Array
+    m: optax.Params
+    v: optax.Params
+    c: optax.Params
+
+
+def adamom(
+    learning_rate: optax.ScalarOrSchedule = 5e-6,
+    ada_decay: ArrayLike = 0.9999,
+    mom_decay: ArrayLike = 0.99,
+    epsilon: ArrayLike = 1e-6,
+    weight_decay: ArrayLike = 0.0,
+    *,
+    use_v2: bool = False,
+    weight_decay_mask: _slots.Mask = None,
+    slot_dtype: DTypeLike | None = None,
+    compact_c: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Monolith's Adamom optimizer.
+
+    With :math:`g = \text{weight\_decay} \cdot w + \text{grad}`, a step computes
+
+    .. math::
+
+      m &\leftarrow \text{mom\_decay} \cdot m + (1 - \text{mom\_decay}) \cdot g \\
+      v &\leftarrow \text{ada\_decay} \cdot v + g^2 \\
+      c &\leftarrow \text{ada\_decay} \cdot c + 1 \\
+      w &\leftarrow w - \text{learning\_rate} \cdot m / \sqrt{v / c + \text{epsilon}}
+
+    or, with `use_v2`, divides by :math:`\sqrt{v / c} + \text{epsilon}`. As `v / c` is a
+    weighted mean of squared gradients from the first step on, `v` needs no bias
+    correction; the momentum has none either.
+
+    Arithmetic is in float32, or in the slot's dtype where that is wider. Updates come
+    back in the dtype of the parameter, or in the gradient's where `update` is given no
+    params, and slots in their own.
+
+    Args:
+      learning_rate: a number, a scalar array, or a schedule, which is given the count
+        of steps taken before this one.
+      ada_decay: the decay of `v` and `c`, in [0, 1].
+      mom_decay: the decay of `m`, in [0, 1].
+      epsilon: keeps the denominator from zero; not negative.
+      weight_decay: coupled weight decay (L2), not negative. Unless it is the number 0,
+        `update` needs params.
+      use_v2: whether epsilon is added to the root instead of under it.
+      weight_decay_mask: a tree of bools that is a prefix of the parameters, or a
+        function from params to one: where weight decay applies. None: everywhere.
+      slot_dtype: the dtype of the slots. None: float32, and float64 for float64
+        parameters. In bfloat16, `c` would stop growing at 256.
+      compact_c: whether `c` is kept as one scalar. Its entries are all equal as long
+        as every step updates every parameter, so the numbers stay the same bit for
+        bit and a third of the slots' memory is saved.
+
+    Returns:
+      An `optax.GradientTransformationExtraArgs` whose state is an `AdamomState`.
+
+    Raises:
+      ValueError: a hyperparameter is out of range, or a parameter is not a real
+        floating-point array (`init`), or the gradients do not match the parameters'
+        tree and shapes, or params are missing although there is weight decay
+        (`update`).
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import monolith_optax
+      >>> import optax
+      >>> tx = monolith_optax.adamom(learning_rate=0.1)
+      >>> params = {"w": jnp.array([1.0, -2.0])}
+      >>> state = tx.init(params)
+      >>> gradients = jax.grad(lambda p: jnp.sum(p["w"] ** 2))(params)
+      >>> updates, state = tx.update(gradients, state, params)
+      >>> params = optax.apply_updates(params, updates)
+      >>> print(params["w"])
+      [ 0.999 -1.999]
+      >>> print(state.v["w"], state.c["w"])
+      [ 4. 16.] [1. 1.]
+
+    References:
+      Liu et al., `Monolith: Real Time Recommendation System With Collisionless
+      Embedding Table <https://arxiv.org/abs/2209.07663>`_, 2022, and the kernel
+      `ResourceApplyAdamom` of `Monolith <https://github.com/bytedance/monolith>`_.
+    """
+    _slots.check_learning_rate(learning_rate)
+    _slots.check_hyperparameter("ada_decay", ada_decay, high=1)
+    _slots.check_hyperparameter("mom_decay", mom_decay, high=1)
+    _slots.check_hyperparameter("epsilon", epsilon)
+    _slots.check_hyperparameter("weight_decay", weight_decay)
+    _slots.check_slot_dtype(slot_dtype)
+
+    def init(params: optax.Params) -> AdamomState:
+        _slots.check_params(params)
+        m = _slots.zero_slots(params, slot_dtype)
+        v = _slots.zero_slots(params, slot_dtype)
+        c = _slots.shared_zero(m) if compact_c else _slots.zero_slots(params, slot_dtype)
+        return AdamomState(jnp.zeros([], jnp.int32), m, v, c)
+
+    def update(
+        updates: optax.Updates,
+        state: AdamomState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, AdamomState]:
+        del extra_args
+        lr = learning_rate(state.count) if callable(learning_rate) else learning_rate
+
+        def rule(
+            g: jax.Array, m: jax.Array, v: jax.Array, c: jax.Array
+        ) -> tuple[jax.Array, ...]:
+            alpha, ada, mom, eps = _slots.as_dtype(
+                g.dtype, lr, ada_decay, mom_decay, epsilon
+            )
+            m = mom * m + (1 - mom) * g
+            v = ada * v + g * g
+            c = ada * c + 1
+            # XLA turns a division by a broadcast scalar into a multiplication by its
+            # inverse, which rounds differently. The select hides that c is one.
+            mean = v / (jnp.where(v >= 0, c, 1) if compact_c else c)
+            if use_v2:
+                return -(m * alpha) / (jnp.sqrt(mean) + eps), m, v, c
+            return -(m * alpha) * jax.lax.rsqrt(mean + eps), m, v, c
+
+        c = jax.tree.map(lambda _: state.c, state.m) if compact_c else state.c
+        updates, m, v, c = _slots.step(
+            rule, updates, (state.m, state.v, c), params, weight_decay, weight_decay_mask
+        )
+        if compact_c:
+            c = next(iter(jax.tree.leaves(c)), state.c)
+        return updates, AdamomState(optax.safe_increment(state.count), m, v, c)
+
+    return optax.GradientTransformationExtraArgs(init, update)

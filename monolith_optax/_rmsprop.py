@@ -1,0 +1,151 @@
+"""RMSprop as Monolith has it: the learning rate is inside the momentum."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike, DTypeLike
+
+from monolith_optax import _slots
+
+
+class RmspropState(NamedTuple):
+    """The state of `rmsprop`.
+
+    Attributes:
+      count: int32 scalar, the steps taken so far; it drives a schedule.
+      m: the momentum, a slot for each parameter. It holds scaled steps: what the last
+        update subtracted from the parameter.
+      v: the decayed average (with `use_v2`: sum) of squared gradients, a slot for each
+        parameter.
+    """
+
+    count: jax.Array
+    m: optax.Params
+    v: optax.Params
+
+
+def rmsprop(
+    learning_rate: optax.ScalarOrSchedule = 5e-6,
+    beta1: ArrayLike = 0.99,
+    beta2: ArrayLike = 0.999,
+    epsilon: ArrayLike = 1e-8,
+    weight_decay: ArrayLike = 0.0,
+    use_v2: bool = False,
+    *,
+    weight_decay_mask: _slots.Mask = None,
+    slot_dtype: DTypeLike | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Monolith's RMSprop optimizer.
+
+    With :math:`g = \text{weight\_decay} \cdot w + \text{grad}`, a step computes
+
+    .. math::
+
+      v &\leftarrow v + (g^2 - v) \cdot (1 - \text{beta2}) \\
+      m &\leftarrow \text{beta1} \cdot m
+        + \text{learning\_rate} \cdot g / \sqrt{v + \text{epsilon}} \\
+      w &\leftarrow w - m
+
+    or, with `use_v2`,
+
+    .. math::
+
+      v &\leftarrow \text{beta2} \cdot v + g^2 \\
+      m &\leftarrow \text{beta1} \cdot m
+        + \text{learning\_rate} \cdot g / (\sqrt{v} + \text{epsilon}) \\
+      w &\leftarrow w - m
+
+    The learning rate is inside `m`, so a schedule changes what later steps carry. The
+    first version is `optax.rmsprop(learning_rate, decay=beta2, eps=epsilon,
+    momentum=beta1)` after `optax.add_decayed_weights(weight_decay)`, with the sign of
+    `m` turned; the second has no twin in optax.
+
+    Arithmetic is in float32, or in the slot's dtype where that is wider. Updates come
+    back in the dtype of the parameter, or in the gradient's where `update` is given no
+    params, and slots in their own.
+
+    Args:
+      learning_rate: a number, a scalar array, or a schedule, which is given the count
+        of steps taken before this one.
+      beta1: the decay of `m`, in [0, 1].
+      beta2: the decay of `v`, in [0, 1].
+      epsilon: keeps the denominator from zero; not negative.
+      weight_decay: coupled weight decay (L2), not negative. Unless it is the number 0,
+        `update` needs params.
+      use_v2: whether `v` is a sum, and epsilon added to the root instead of under it.
+      weight_decay_mask: a tree of bools that is a prefix of the parameters, or a
+        function from params to one: where weight decay applies. None: everywhere.
+      slot_dtype: the dtype of the slots. None: float32, and float64 for float64
+        parameters.
+
+    Returns:
+      An `optax.GradientTransformationExtraArgs` whose state is a `RmspropState`.
+
+    Raises:
+      ValueError: a hyperparameter is out of range, or a parameter is not a real
+        floating-point array (`init`), or the gradients do not match the parameters'
+        tree and shapes, or params are missing although there is weight decay
+        (`update`).
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import monolith_optax
+      >>> import optax
+      >>> tx = monolith_optax.rmsprop(learning_rate=0.1, use_v2=True)
+      >>> params = {"w": jnp.array([1.0, -2.0])}
+      >>> state = tx.init(params)
+      >>> gradients = jax.grad(lambda p: jnp.sum(p["w"] ** 2))(params)
+      >>> updates, state = tx.update(gradients, state, params)
+      >>> params = optax.apply_updates(params, updates)
+      >>> print(params["w"])
+      [ 0.9 -1.9]
+      >>> print(state.m["w"], state.v["w"])
+      [ 0.1 -0.1] [ 4. 16.]
+
+    References:
+      Tieleman and Hinton, `Lecture 6.5: rmsprop
+      <http://www.cs.toronto.edu/~tijmen/csc321/slides/lecture_slides_lec6.pdf>`_, 2012,
+      and the kernel `ResourceApplyRmsprop` of `Monolith
+      <https://github.com/bytedance/monolith>`_.
+    """
+    _slots.check_learning_rate(learning_rate)
+    _slots.check_hyperparameter("beta1", beta1, high=1)
+    _slots.check_hyperparameter("beta2", beta2, high=1)
+    _slots.check_hyperparameter("epsilon", epsilon)
+    _slots.check_hyperparameter("weight_decay", weight_decay)
+    _slots.check_slot_dtype(slot_dtype)
+
+    def init(params: optax.Params) -> RmspropState:
+        _slots.check_params(params)
+        m = _slots.zero_slots(params, slot_dtype)
+        v = _slots.zero_slots(params, slot_dtype)
+        return RmspropState(jnp.zeros([], jnp.int32), m, v)
+
+    def update(
+        updates: optax.Updates,
+        state: RmspropState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, RmspropState]:
+        del extra_args
+        lr = learning_rate(state.count) if callable(learning_rate) else learning_rate
+
+        def rule(g: jax.Array, m: jax.Array, v: jax.Array) -> tuple[jax.Array, ...]:
+            alpha, b1, b2, eps = _slots.as_dtype(g.dtype, lr, beta1, beta2, epsilon)
+            if use_v2:
+                v = b2 * v + g * g
+                m = b1 * m + g * alpha / (jnp.sqrt(v) + eps)
+            else:
+                v = v + (g * g - v) * (1 - b2)
+                m = b1 * m + g * alpha * jax.lax.rsqrt(v + eps)
+            return -m, m, v
+
+        updates, m, v = _slots.step(
+            rule, updates, (state.m, state.v), params, weight_decay, weight_decay_mask
+        )
+        return updates, RmspropState(optax.safe_increment(state.count), m, v)
+
+    return optax.GradientTransformationExtraArgs(init, update)

@@ -1,0 +1,32 @@
+"""Every public optimizer with its variants; the contract suite runs over all rows."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import monolith_optax
+import optax
+
+
+class Variant(NamedTuple):
+    """An optimizer, the options that make it this variant, and a rate for toys."""
+
+    optimizer: Callable[..., optax.GradientTransformationExtraArgs]
+    options: dict[str, Any] = {}
+    learning_rate: float = 1e-2
+
+    def make(self, **hyperparameters: Any) -> optax.GradientTransformationExtraArgs:
+        return self.optimizer(**{"learning_rate": self.learning_rate}
+                              | self.options | hyperparameters)
+
+
+VARIANTS = {
+    "adamom": Variant(monolith_optax.adamom),
+    "adamom_v2": Variant(monolith_optax.adamom, {"use_v2": True}),
+    "adamom_compact_c": Variant(monolith_optax.adamom, {"compact_c": True}),
+    "adamom_decay": Variant(monolith_optax.adamom, {"weight_decay": 1e-4}),
+    "rmsprop": Variant(monolith_optax.rmsprop, {"beta1": 0.9}, 1e-3),
+    "rmsprop_v2": Variant(monolith_optax.rmsprop, {"use_v2": True, "beta1": 0.9}),
+    "rmsprop_decay": Variant(
+        monolith_optax.rmsprop, {"beta1": 0.9, "weight_decay": 1e-4}, 1e-3
+    ),
+}

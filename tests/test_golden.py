@@ -1,0 +1,97 @@
+"""The optimizers against numbers computed with Monolith's own kernels."""
+
+import json
+from pathlib import Path
+
+import chex
+import jax
+import jax.numpy as jnp
+import monolith_optax
+import numpy as np
+import optax
+import pytest
+
+DATA = Path(__file__).parent / "data"
+CASES = json.loads((DATA / "monolith_trajectories.json").read_text())
+ARRAYS = np.load(DATA / "monolith_trajectories.npz")
+BY_NAME = {"argvalues": CASES, "ids": [case["case"] for case in CASES]}
+
+
+def trajectory(case, **options):
+    """What the optimizer made of a case, at the recorded steps: (parameters, state)."""
+    name = case["case"]
+    make = getattr(monolith_optax, case["optimizer"])
+    tx = make(**case["hyperparameters"], use_v2=case["use_v2"], **options)
+
+    @jax.jit
+    def step(params, state, grad):
+        updates, state = tx.update(grad, state, params)
+        return optax.apply_updates(params, updates), state
+
+    params = jnp.asarray(ARRAYS[f"{name}.params"])
+    state = tx.init(params)
+    recorded = []
+    for number, grad in enumerate(ARRAYS[f"{name}.grads"], start=1):
+        params, state = step(params, state, grad)
+        if number in case["recorded_steps"]:
+            recorded.append((params, state))
+    assert len(recorded) == len(case["recorded_steps"])
+    return recorded
+
+
+def slots_of(params, state):
+    return {"var": params} | {k: v for k, v in state._asdict().items() if k != "count"}
+
+
+@pytest.mark.parametrize("case", **BY_NAME)
+def test_trajectory_is_monoliths(case):
+    for i, recorded in enumerate(trajectory(case)):
+        for slot, ours in slots_of(*recorded).items():
+            theirs = ARRAYS[f"{case['case']}.{slot}"][i]
+            difference = np.abs(np.asarray(ours, np.float64) - theirs)
+            largest = np.abs(theirs).max()
+            assert difference.max() <= 2e-6 * largest, (slot, case["recorded_steps"][i])
+            if i == 0 and case["hyperparameters"]["weight_decay"] == 0:
+                assert (difference <= np.spacing(np.abs(theirs))).all(), slot
+            elif i == 0:
+                assert difference.max() <= 2.5e-7 * largest, slot
+
+
+@pytest.mark.parametrize("case", **BY_NAME)
+def test_compact_c_changes_no_bit(case):
+    if case["optimizer"] != "adamom":
+        pytest.skip("compact_c is an option of adamom alone")
+    full, compact = trajectory(case), trajectory(case, compact_c=True)
+    for (params, state), (compact_params, compact_state) in zip(full, compact, strict=True):
+        chex.assert_trees_all_equal(params, compact_params)
+        chex.assert_trees_all_equal(state.m, compact_state.m)
+        chex.assert_trees_all_equal(state.v, compact_state.v)
+        chex.assert_shape(compact_state.c, ())
+        chex.assert_trees_all_equal(state.c, jnp.full_like(state.c, compact_state.c))
+
+
+SINGLE_STEPS = {
+    "adamom": (
+        monolith_optax.adamom(0.1, 0.99, 0.9, weight_decay=0.01),
+        {"m": 0.0121, "c": 1.0, "v": 0.014641, "var": 0.090000336},
+    ),
+    "rmsprop": (
+        monolith_optax.rmsprop(0.1, 0.9, 0.9, 0.1, 1.0),
+        {"m": 0.06794526153774846, "v": 0.00484, "var": 0.03205473846225154},
+    ),
+    "rmsprop_v2": (
+        monolith_optax.rmsprop(0.1, 0.9, 0.9, 0.1, 1.0, use_v2=True),
+        {"m": 0.06875, "v": 0.0484, "var": 0.03125},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SINGLE_STEPS)
+def test_single_step_of_monoliths_own_tests(name):
+    tx, expected = SINGLE_STEPS[name]
+    params = jnp.array([0.1])
+    updates, state = jax.jit(tx.update)(jnp.array([0.12]), tx.init(params), params)
+    slots = slots_of(optax.apply_updates(params, updates), state)
+    assert set(slots) == set(expected)
+    for slot, value in slots.items():
+        np.testing.assert_allclose(value, [expected[slot]], rtol=0, atol=1e-8)
