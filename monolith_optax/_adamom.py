@@ -21,7 +21,7 @@ class AdamomState(NamedTuple):
         parameter, or one scalar for all with `compact_c`.
     """
 
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]  # tuple.count gives way
     m: optax.Params
     v: optax.Params
     c: optax.Params
@@ -110,13 +110,14 @@ def adamom(
     _slots.check_hyperparameter("mom_decay", mom_decay, high=1)
     _slots.check_hyperparameter("epsilon", epsilon)
     _slots.check_hyperparameter("weight_decay", weight_decay)
+    _slots.check_weight_decay_mask(weight_decay_mask)
     _slots.check_slot_dtype(slot_dtype)
 
     def init(params: optax.Params) -> AdamomState:
         _slots.check_params(params)
-        m = _slots.zero_slots(params, slot_dtype)
-        v = _slots.zero_slots(params, slot_dtype)
-        c = _slots.shared_zero(m) if compact_c else _slots.zero_slots(params, slot_dtype)
+        m = _slots.zeros(params, slot_dtype)
+        v = _slots.zeros(params, slot_dtype)
+        c = _slots.shared_zero(m) if compact_c else _slots.zeros(params, slot_dtype)
         return AdamomState(jnp.zeros([], jnp.int32), m, v, c)
 
     def update(
@@ -146,7 +147,12 @@ def adamom(
 
         c = jax.tree.map(lambda _: state.c, state.m) if compact_c else state.c
         updates, m, v, c = _slots.step(
-            rule, updates, (state.m, state.v, c), params, weight_decay, weight_decay_mask
+            rule,
+            updates,
+            (state.m, state.v, c),
+            params,
+            weight_decay,
+            weight_decay_mask,
         )
         if compact_c:
             c = next(iter(jax.tree.leaves(c)), state.c)

@@ -21,7 +21,7 @@ class RmspropState(NamedTuple):
         parameter.
     """
 
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]  # tuple.count gives way
     m: optax.Params
     v: optax.Params
 
@@ -116,12 +116,13 @@ def rmsprop(
     _slots.check_hyperparameter("beta2", beta2, high=1)
     _slots.check_hyperparameter("epsilon", epsilon)
     _slots.check_hyperparameter("weight_decay", weight_decay)
+    _slots.check_weight_decay_mask(weight_decay_mask)
     _slots.check_slot_dtype(slot_dtype)
 
     def init(params: optax.Params) -> RmspropState:
         _slots.check_params(params)
-        m = _slots.zero_slots(params, slot_dtype)
-        v = _slots.zero_slots(params, slot_dtype)
+        m = _slots.zeros(params, slot_dtype)
+        v = _slots.zeros(params, slot_dtype)
         return RmspropState(jnp.zeros([], jnp.int32), m, v)
 
     def update(

@@ -23,34 +23,39 @@ def compute_dtype(dtype: DTypeLike) -> np.dtype:
     return np.dtype(np.float64 if dtype == np.float64 else np.float32)
 
 
-def as_dtype(dtype: DTypeLike, *values: ArrayLike) -> tuple[Any, ...]:
+def dtype_of(leaf: Any) -> Any:
+    """The dtype of an array, a shape or a Python number, as JAX would hold it."""
+    dtype = leaf.dtype if hasattr(leaf, "dtype") else np.dtype(type(leaf))
+    return jax.dtypes.canonicalize_dtype(dtype, allow_extended_dtype=True)
+
+
+def as_dtype(dtype: DTypeLike, *values: ArrayLike) -> list[Any]:
     """Casts hyperparameters first, so that `1 - decay` is rounded as in `dtype`."""
-    return tuple(
-        value.astype(dtype) if isinstance(value, jax.Array) else np.asarray(value, dtype)
-        for value in values
-    )
+    return [
+        x.astype(dtype) if isinstance(x, jax.Array) else np.asarray(x, dtype)
+        for x in values
+    ]
 
 
-def zero_slots(params: optax.Params, slot_dtype: DTypeLike | None) -> optax.Params:
+def zeros(params: optax.Params, slot_dtype: DTypeLike | None) -> optax.Params:
     """Zeros with the shape and sharding of each parameter."""
 
-    def zeros(param: jax.Array) -> jax.Array:
-        wide = compute_dtype(jnp.result_type(param))
+    def zero(param: ArrayLike) -> jax.Array:
+        wide = compute_dtype(dtype_of(param))
         return jnp.zeros_like(param, dtype=wide if slot_dtype is None else slot_dtype)
 
-    return jax.tree.map(zeros, params)
+    return jax.tree.map(zero, params)
 
 
 def shared_zero(slots: optax.Params) -> jax.Array:
     """One scalar zero that can stand for a whole slot of the same dtype."""
     dtypes = {slot.dtype for slot in jax.tree.leaves(slots)}
     if len(dtypes) > 1:
-        msg = (
+        raise ValueError(
             "compact_c keeps one scalar for all parameters, which needs slots of one "
             f"dtype, but they would have {sorted(map(str, dtypes))}. Give slot_dtype, "
             "or leave compact_c out."
         )
-        raise ValueError(msg)
     return jnp.zeros([], dtypes.pop() if dtypes else jnp.float32)
 
 
@@ -74,19 +79,20 @@ def step(
         lambda g, slot: jnp.asarray(g, compute_dtype(slot.dtype)), gradients, slots[0]
     )
     # A weight decay of 0 that has become an array would be multiplied all the same.
-    if not _is_concrete(weight_decay) or float(weight_decay) != 0:
+    if _concrete(weight_decay) != 0:
         g = _add_decayed_weights(g, params, weight_decay, mask)
 
     def leaf(g: jax.Array, like: ArrayLike, *old: jax.Array) -> tuple[jax.Array, ...]:
         update, *new = rule(g, *(slot.astype(g.dtype) for slot in old))
         new = [n.astype(o.dtype) for n, o in zip(new, old, strict=True)]
-        return update.astype(jnp.result_type(like)), *new
+        return update.astype(dtype_of(like)), *new
 
     leaves = map(jax.tree.leaves, (g, like, *slots))
     rows = [leaf(*row) for row in zip(*leaves, strict=True)]
     treedef = jax.tree.structure(gradients)
     return tuple(
-        treedef.unflatten([row[i] for row in rows]) for i in range(1 + len(slots))
+        jax.tree.unflatten(treedef, [row[i] for row in rows])
+        for i in range(1 + len(slots))
     )
 
 
@@ -97,22 +103,16 @@ def _add_decayed_weights(
     mask: Mask,
 ) -> optax.Updates:
     if params is None:
-        msg = (
+        raise ValueError(
             "Weight decay needs the current parameters, but params is None: call "
             "update(gradients, state, params)."
         )
-        raise ValueError(msg)
 
-    def decay(g: jax.Array, param: ArrayLike) -> jax.Array:
-        (rate,) = as_dtype(g.dtype, weight_decay)
-        return rate * jnp.asarray(param, g.dtype) + g
+    def decay(use: bool, g: jax.Array, param: ArrayLike) -> jax.Array:
+        [rate] = as_dtype(g.dtype, weight_decay)
+        return rate * jnp.asarray(param, g.dtype) + g if use else g
 
-    return jax.tree.map(
-        lambda use, g, param: jax.tree.map(decay, g, param) if use else g,
-        _weight_decay_mask(mask, params),
-        gradients,
-        params,
-    )
+    return jax.tree.map(decay, _full_mask(mask, params), gradients, params)
 
 
 # Checks of what users pass in.
@@ -127,41 +127,54 @@ def check_learning_rate(value: optax.ScalarOrSchedule) -> None:
 def check_hyperparameter(name: str, value: ArrayLike, high: float = math.inf) -> None:
     """Accepts a scalar that is float32 or wider and, where concrete, in [0, high]."""
     _check_scalar(name, value, 0, high)
-    dtype = getattr(value, "dtype", None)
-    if dtype is not None and jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 4:
-        msg = (
+    dtype = dtype_of(value)
+    if jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 4:
+        raise ValueError(
             f"{name} was given in {dtype}, which is too coarse for it (0.9999 is 1 in "
-            "bfloat16, 1e-8 is 0 in float16). Give a number, or a float32 array; "
+            "bfloat16, 1e-8 is 0 in float16). Give a number or a float32 array; "
             "optax.inject_hyperparams takes hyperparam_dtype=jnp.float32."
         )
-        raise ValueError(msg)
 
 
 def check_slot_dtype(slot_dtype: DTypeLike | None) -> None:
     """Accepts None and floating-point dtypes."""
+    if slot_dtype is None:
+        return
     try:
-        valid = slot_dtype is None or jnp.issubdtype(jnp.dtype(slot_dtype), jnp.floating)
+        # inject_hyperparams turns a dtype into an array of that dtype.
+        if not isinstance(slot_dtype, jax.Array) and jnp.issubdtype(
+            np.dtype(slot_dtype), jnp.floating
+        ):
+            return
     except TypeError:
-        valid = False
-    if not valid:
-        msg = (
-            "slot_dtype must be None or a floating-point dtype such as jnp.float32, but "
-            f"{slot_dtype!r} was given. optax.inject_hyperparams takes a dtype for a "
-            "schedule unless static_args names 'slot_dtype'."
+        pass
+    raise ValueError(
+        "slot_dtype must be None or a floating-point dtype such as jnp.float32, but it "
+        f"is {slot_dtype!r}. optax.inject_hyperparams takes a dtype for a schedule "
+        "unless static_args names 'slot_dtype'."
+    )
+
+
+def check_weight_decay_mask(mask: Mask) -> None:
+    """Accepts None, functions and trees, but no bare value."""
+    if mask is not None and not callable(mask) and jax.tree_util.all_leaves([mask]):
+        raise ValueError(
+            "weight_decay_mask must be a tree of bools, or a function from params to "
+            f"one, but it is {mask!r}. optax.inject_hyperparams takes a function for a "
+            "schedule unless static_args names 'weight_decay_mask'."
         )
-        raise ValueError(msg)
 
 
 def check_params(params: optax.Params) -> None:
     """Accepts trees of real floating-point arrays."""
     problems = []
     for path, param in jax.tree.leaves_with_path(params):
-        kind = _kind(param)
-        if kind == "complex":
+        dtype = dtype_of(param)
+        if jnp.issubdtype(dtype, jnp.complexfloating):
             advice = "wrap the optimizer in optax.contrib.split_real_and_imaginary"
         else:
             advice = "keep it out of the optimizer with optax.masked or optax.partition"
-        if kind != "floating":
+        if not jnp.issubdtype(dtype, jnp.floating):
             problems.append(f"params{keystr(path)} is {_describe(param)}: {advice}.")
     _raise_listed("Parameters must be real floating-point arrays.", problems)
 
@@ -177,14 +190,16 @@ def check_gradients(
 
 
 def _mismatches(name: str, tree: optax.Updates, slots: optax.Params) -> list[str]:
-    if jax.tree.structure(tree) != jax.tree.structure(slots):
+    given: Any = jax.tree.structure(tree)
+    if given != jax.tree.structure(slots):
         return _structure_mismatches(name, tree, slots)
     leaves = jax.tree.leaves_with_path(tree)
     return [
         f"{name}{keystr(path)} is {_describe(leaf)}, but the state was made for a "
         f"real array of shape {slot.shape}."
         for (path, leaf), slot in zip(leaves, jax.tree.leaves(slots), strict=True)
-        if _kind(leaf) != "floating" or jnp.shape(leaf) != slot.shape
+        if np.shape(leaf) != slot.shape
+        or not jnp.issubdtype(dtype_of(leaf), jnp.floating)
     ]
 
 
@@ -198,59 +213,57 @@ def _structure_mismatches(
 
     leaves = jax.tree.leaves_with_path(tree, is_leaf=is_sparse)
     given = {keystr(path): leaf for path, leaf in leaves}
-    expected = {keystr(path) for path, _ in jax.tree.leaves_with_path(slots)}
-    return [
-        *(
-            f"{name}{path} is a sparse {type(leaf).__name__}: give its todense()."
-            for path, leaf in given.items()
-            if is_sparse(leaf)
-        ),
-        *(f"{name}{path} is missing." for path in sorted(expected - set(given))),
-        *(f"{name}{path} is unknown to the state." for path in given if path not in expected),
-    ] or [f"{name} is a {jax.tree.structure(tree)}, but the state was made for a {jax.tree.structure(slots)}."]
-
-
-def _weight_decay_mask(mask: Mask, params: optax.Params) -> Any:
-    """The mask as a tree of bools that is a prefix of the parameters."""
-    if mask is None:
-        return True
-    mask = mask(params) if callable(mask) else mask
-    if all(isinstance(use, bool | np.bool_) for use in jax.tree.leaves(mask)):
-        return mask
-    msg = (
-        "weight_decay_mask must be a tree of bools, or a function from params to one, "
-        f"but it is {mask!r}. optax.inject_hyperparams takes a function for a schedule "
-        "unless static_args names 'weight_decay_mask'."
+    expected = {keystr(path): None for path, _ in jax.tree.leaves_with_path(slots)}
+    missing = [f"{name}{path} is missing." for path in expected if path not in given]
+    unknown = [f"{name}{path} is unexpected." for path in given if path not in expected]
+    sparse = [
+        f"{name}{path} is a sparse {type(leaf).__name__}: give its todense()."
+        for path, leaf in given.items()
+        if is_sparse(leaf)
+    ]
+    other_nodes = (
+        f"{name} has the structure {jax.tree.structure(tree)}, but the state was made "
+        f"for {jax.tree.structure(slots)}."
     )
-    raise ValueError(msg)
+    return missing + unknown + sparse or [other_nodes]
+
+
+def _full_mask(mask: Mask, params: optax.Params) -> Any:
+    """The mask as a bool for each parameter."""
+    mask = mask(params) if callable(mask) else mask
+    try:
+        full = jax.tree.broadcast(True if mask is None else mask, params)
+    except ValueError as error:
+        raise ValueError(
+            "weight_decay_mask must be a prefix of the tree of the parameters."
+        ) from error
+    for path, use in jax.tree.leaves_with_path(full):
+        if not isinstance(use, bool | np.bool_):
+            raise ValueError(
+                f"weight_decay_mask must hold bools, but {keystr(path)} is {use!r}."
+            )
+    return full
 
 
 def _check_scalar(name: str, value: ArrayLike, low: float, high: float) -> None:
-    if jnp.shape(value) != () or _kind(value) not in ("floating", "integer"):
-        msg = f"{name} must be a real scalar, but it is {_describe(value)}."
-        raise ValueError(msg)
-    if _is_concrete(value) and not (low <= value <= high and math.isfinite(value)):
-        msg = f"{name} must be a finite number in [{low}, {high}], but it is {value}."
-        raise ValueError(msg)
+    dtype = dtype_of(value)
+    real = jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
+    if not real or np.shape(value) != ():
+        raise ValueError(f"{name} must be a real scalar, but it is {_describe(value)}.")
+    number = _concrete(value)
+    if number is not None and not (low <= number <= high and math.isfinite(number)):
+        raise ValueError(
+            f"{name} must be a finite number in [{low}, {high}], but it is {value}."
+        )
 
 
-def _is_concrete(value: ArrayLike) -> bool:
-    return not isinstance(value, jax.core.Tracer)
-
-
-def _kind(leaf: Any) -> str:
-    """What a leaf holds: 'floating', 'integer', 'complex' or 'other'."""
-    try:
-        dtype = jnp.result_type(leaf)
-    except TypeError:
-        return "other"
-    kinds = {"floating": jnp.floating, "integer": jnp.integer, "complex": jnp.complexfloating}
-    return next((k for k, t in kinds.items() if jnp.issubdtype(dtype, t)), "other")
+def _concrete(value: ArrayLike) -> float | None:
+    return None if isinstance(value, jax.core.Tracer) else float(np.asarray(value))
 
 
 def _describe(leaf: Any) -> str:
     if hasattr(leaf, "dtype"):
-        return f"an array of dtype {leaf.dtype} and shape {jnp.shape(leaf)}"
+        return f"an array of dtype {leaf.dtype} and shape {np.shape(leaf)}"
     return f"{leaf!r}"
 
 

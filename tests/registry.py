@@ -1,22 +1,26 @@
 """Every public optimizer with its variants; the contract suite runs over all rows."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any
 
-import monolith_optax
 import optax
 
+import monolith_optax
 
-class Variant(NamedTuple):
+
+@dataclass(frozen=True)
+class Variant:
     """An optimizer, the options that make it this variant, and a rate for toys."""
 
     optimizer: Callable[..., optax.GradientTransformationExtraArgs]
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = field(default_factory=dict)
     learning_rate: float = 1e-2
 
     def make(self, **hyperparameters: Any) -> optax.GradientTransformationExtraArgs:
-        return self.optimizer(**{"learning_rate": self.learning_rate}
-                              | self.options | hyperparameters)
+        return self.optimizer(
+            **{"learning_rate": self.learning_rate} | self.options | hyperparameters
+        )
 
 
 VARIANTS = {

@@ -3,7 +3,6 @@
 import chex
 import jax
 import jax.numpy as jnp
-import monolith_optax
 import numpy as np
 import optax
 import oracle
@@ -11,6 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+
+import monolith_optax
 
 RATES = st.floats(0, 1)
 VALUES = st.floats(-1e3, 1e3).map(lambda x: round(x, 6))

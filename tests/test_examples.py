@@ -1,0 +1,48 @@
+"""The examples, run as a reader would run them."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def run(name, *options):
+    command = [sys.executable, EXAMPLES / name, *options]
+    return subprocess.run(command, check=False, capture_output=True, text=True)
+
+
+def above_least_squares(output):
+    """The last column of the table, as {name: percent}."""
+    rows = re.findall(r"^(\w[\w ]*?) +[\d.]+ +[\d.]+ +(-?[\d.]+)%$", output, re.MULTILINE)
+    return {name: float(percent) for name, percent in rows}
+
+
+def test_train_linear_ends_within_one_percent_of_least_squares(tmp_path):
+    picture = tmp_path / "curves.png"
+    result = run("train_linear.py", "--plot", picture)
+    assert result.returncode == 0, result.stderr
+    table = above_least_squares(result.stdout)
+    assert set(table) == {"least squares", "adamom", "rmsprop", "rmsprop_v2", "adam"}
+    assert table.pop("least squares") == 0
+    assert all(0 <= percent <= 1 for percent in table.values()), table
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert "100%" in result.stderr  # the progress bar
+
+
+def test_train_linear_quickly_with_one_optimizer(tmp_path):
+    options = ["--quick", "--optimizer", "rmsprop_v2", "--seed", "3"]
+    options += ["--learning-rate", "0.05", "--plot", tmp_path / "curves.png"]
+    result = run("train_linear.py", *options)
+    assert result.returncode == 0, result.stderr
+    assert set(above_least_squares(result.stdout)) == {"least squares", "rmsprop_v2"}
+
+
+@pytest.mark.parametrize("options", [["--steps", "0"], ["--optimizer", "sgd"]])
+def test_train_linear_refuses_bad_options(options):
+    result = run("train_linear.py", *options)
+    assert result.returncode == 2
+    assert options[0] in result.stderr
