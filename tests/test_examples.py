@@ -17,8 +17,8 @@ def run(name, *options):
 
 def above_least_squares(output):
     """The last column of the table, as {name: percent}."""
-    rows = re.findall(r"^(\w[\w ]*?) +[\d.]+ +[\d.]+ +(-?[\d.]+)%$", output, re.MULTILINE)
-    return {name: float(percent) for name, percent in rows}
+    pattern = r"(?m)^(\w[\w ]*?) +[\d.]+ +[\d.]+ +(-?[\d.]+)%$"
+    return {name: float(percent) for name, percent in re.findall(pattern, output)}
 
 
 def test_train_linear_ends_within_one_percent_of_least_squares(tmp_path):
