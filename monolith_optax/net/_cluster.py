@@ -1,0 +1,82 @@
+"""Where the addresses of a cluster's nodes are written down."""
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+
+ROLES = ("chief", "ps", "worker")
+
+
+def tf_config_addresses(
+    tf_config: str | None = None, *, roles: Sequence[str] | None = None
+) -> list[str]:
+    """The addresses in a TensorFlow cluster description.
+
+    Args:
+      tf_config: the JSON text. None: that of the environment variable `TF_CONFIG`.
+      roles: the roles to take, in this order; each must be in the description. None:
+        chief, ps and worker, as far as they are there.
+
+    Raises:
+      ValueError: the description is missing or malformed, or lacks a role.
+
+    Example:
+      >>> tf_config_addresses('{"cluster": {"ps": ["a:1"], "worker": ["b:1", "c:1"]}}')
+      ['a:1', 'b:1', 'c:1']
+    """
+    if tf_config is None and not (tf_config := os.environ.get("TF_CONFIG")):
+        raise ValueError("The environment variable TF_CONFIG is not set.")
+    try:
+        cluster = json.loads(tf_config)["cluster"]
+        nodes = {role: _list_of_strings(found) for role, found in cluster.items()}
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        raise ValueError(
+            'TF_CONFIG must be JSON such as {"cluster": {"worker": ["host:2222"]}}, '
+            f"but it is {tf_config!r}."
+        ) from error
+    if roles is None:
+        roles = [role for role in ROLES if role in nodes]
+    if missing := [role for role in roles if role not in nodes]:
+        raise ValueError(
+            f"TF_CONFIG has the roles {', '.join(nodes)}, but not {', '.join(missing)}."
+        )
+    return [address for role in roles for address in nodes[role]]
+
+
+def coordinator_addresses(address: str | None = None) -> list[str]:
+    """The address of a JAX coordinator, as a list of one.
+
+    Args:
+      address: what `jax.distributed.initialize` is given as `coordinator_address`.
+        None: that of the environment variable `JAX_COORDINATOR_ADDRESS`.
+
+    Raises:
+      ValueError: there is none.
+
+    Example:
+      >>> coordinator_addresses("10.0.0.1:8476")
+      ['10.0.0.1:8476']
+    """
+    if address is None and not (address := os.environ.get("JAX_COORDINATOR_ADDRESS")):
+        raise ValueError("The environment variable JAX_COORDINATOR_ADDRESS is not set.")
+    return [address]
+
+
+def read_addresses(lines: Iterable[str]) -> list[str]:
+    """The addresses in a text with one a line, without blanks and # comments.
+
+    Args:
+      lines: an open file, or any lines of text.
+
+    Example:
+      >>> read_addresses(["a:1  # the chief", "", "b:1"])
+      ['a:1', 'b:1']
+    """
+    texts = (line.partition("#")[0].strip() for line in lines)
+    return [text for text in texts if text]
+
+
+def _list_of_strings(value: object) -> list[str]:
+    if not isinstance(value, list) or not all(isinstance(x, str) for x in value):
+        raise TypeError(value)
+    return value

@@ -1,0 +1,78 @@
+"""A clock that jumps, and nodes that need no network."""
+
+import asyncio
+import errno
+import os
+import selectors
+
+
+class _JumpingSelector(selectors.DefaultSelector):
+    """Moves the clock to the next timer instead of waiting for it."""
+
+    def __init__(self, clock):
+        super().__init__()
+        self.clock = clock
+
+    def select(self, timeout=None):
+        events = super().select(0)
+        if not events:
+            assert timeout is not None, "everything waits for nothing"
+            self.clock.now += max(timeout, 0)
+        return events
+
+
+class VirtualLoop(asyncio.SelectorEventLoop):
+    def __init__(self):
+        self.now = 0.0
+        super().__init__(_JumpingSelector(self))
+
+    def time(self):
+        return self.now
+
+
+def run_virtually(coroutine):
+    """Runs a coroutine on a virtual clock; returns its result and the seconds."""
+    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
+        result = runner.run(coroutine)
+        return result, runner.get_loop().time()
+
+
+class Nodes:
+    """A connector to made-up nodes, named by host.
+
+    Each host has a behaviour, or a function from the time to one: a number is the
+    seconds after which it answers, an errno how it fails, None silence.
+    """
+
+    def __init__(self, **behaviours):
+        self.behaviours = behaviours
+        self.probes = []  # (host, time) of each
+        self.running = []
+        self.most_running = 0
+
+    async def __call__(self, host, _):
+        now = asyncio.get_running_loop().time()
+        assert host not in self.running, "two probes of one node at a time"
+        self.probes.append((host, now))
+        self.running.append(host)
+        self.most_running = max(self.most_running, len(self.running))
+        try:
+            await self.behave(self.behaviours[host], now)
+        finally:
+            self.running.remove(host)
+
+    async def behave(self, behaviour, now):
+        if callable(behaviour):
+            behaviour = behaviour(now)
+        match behaviour:
+            case None:
+                await asyncio.Event().wait()
+            case float():
+                await asyncio.sleep(behaviour)
+            case int():
+                raise OSError(behaviour, os.strerror(behaviour))
+            case Exception():
+                raise behaviour
+
+
+REFUSED = errno.ECONNREFUSED
