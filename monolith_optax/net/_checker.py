@@ -436,7 +436,10 @@ def _descriptors_left() -> int:
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if limit == resource.RLIM_INFINITY:
         return sys.maxsize
-    return limit - len(list(Path("/dev/fd").iterdir())) - SPARE_DESCRIPTORS
+    try:
+        return limit - len(list(Path("/dev/fd").iterdir())) - SPARE_DESCRIPTORS
+    except OSError:
+        return 0  # not even the list can be opened
 
 
 @contextlib.asynccontextmanager

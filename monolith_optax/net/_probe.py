@@ -99,6 +99,8 @@ class TcpConnector:
           OSError: no address of the host could be connected to.
         """
         addresses = numeric_addresses(host) or await self._lookup(host)
+        if not addresses:
+            raise socket.gaierror(socket.EAI_NONAME, "the name has no address")
         attempts = [
             (family, (place[0], port, *place[2:]))
             for family, place in _interleaved(addresses)[:MAX_ATTEMPTS]

@@ -1,0 +1,402 @@
+"""The node checker against real sockets on loopback."""
+
+import asyncio
+import contextlib
+import gc
+import os
+import random
+import resource
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from monolith_optax.net import (
+    NodeAliveChecker,
+    Reason,
+    TcpConnector,
+    check_nodes,
+    concat_ip_and_port,
+)
+
+FILLERS = 4
+
+
+def port_below_the_ephemeral_range(bind):
+    """Binds to a port that no outgoing connection gets by chance."""
+    for port in random.sample(range(10_000, 32_000), 200):
+        with contextlib.suppress(OSError):
+            bind(port)
+            return port
+    raise OSError("no free port")
+
+
+@pytest.fixture
+def listen():
+    """Makes listening sockets, by IP address: returns the address of each."""
+    with contextlib.ExitStack() as stack:
+
+        def start(ip="127.0.0.1", backlog=128):
+            family = socket.AF_INET6 if ":" in ip else socket.AF_INET
+            server = stack.enter_context(socket.socket(family))
+            port = port_below_the_ephemeral_range(lambda port: server.bind((ip, port)))
+            server.listen(backlog)
+            return concat_ip_and_port(ip, port)
+
+        yield start
+
+
+@pytest.fixture
+def alive(listen):
+    return listen()
+
+
+@pytest.fixture
+def silent(listen):
+    """A node that answers no connection attempt: its queue is full."""
+    address = listen(backlog=0)
+    host, port = address.split(":")
+    with contextlib.ExitStack() as stack:
+        for _ in range(FILLERS):
+            filler = stack.enter_context(socket.socket())
+            filler.setblocking(False)
+            filler.connect_ex((host, int(port)))
+        time.sleep(0.05)
+        yield address
+
+
+@pytest.fixture
+def refused():
+    """A node that refuses: the port is bound, and nobody listens."""
+    with socket.socket() as bound:
+        port = port_below_the_ephemeral_range(
+            lambda port: bound.bind(("127.0.0.1", port))
+        )
+        yield f"127.0.0.1:{port}"
+
+
+def descriptors():
+    """How many sockets, pipes and event queues are open."""
+    gc.collect()
+    links = []
+    for path in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # the directory itself
+            links.append(str(path.readlink()))
+    return sum(link.startswith(("socket:", "pipe:", "anon_inode:")) for link in links)
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind(capfd):
+    """No descriptor, thread or process outlives a call, and nothing is printed."""
+    files, threads = descriptors(), threading.active_count()
+    yield
+    assert descriptors() == files
+    assert threading.active_count() == threads
+    children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    worker = [pid for pid in children if b"_lookup_worker" in cmdline(pid)]
+    assert worker == []
+    assert capfd.readouterr() == ("", "")
+
+
+def cmdline(pid):
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    return b""
+
+
+def check(*addrs, **options):
+    return asyncio.run(check_nodes(addrs, **options))
+
+
+def test_alive_refused_and_silent(alive, refused, silent):
+    start = time.monotonic()
+    report = check(alive, refused, silent, timeout=0.3)
+    assert 0.3 <= time.monotonic() - start < 2
+    assert [status.reason for status in report.results] == [
+        None,
+        Reason.REFUSED,
+        Reason.TIMEOUT,
+    ]
+    assert report[refused].message == "Connection refused"
+    assert report[silent].message == "no answer within 0.3 s"
+    assert report[alive].latency < 0.3 <= report[silent].latency
+
+
+def test_ipv6(listen):
+    address = listen("::1")
+    port = address.rpartition(":")[2]
+    report = check(address, f"::1:{port}")
+    assert report.all_alive
+
+
+MONOLITHS_ANSWERS = [
+    "127.0.0.1", "127.0.0.1:65536", "127.0.0.1:-1", "127.0.0.1:text", "tcp://x:1", None,
+]  # fmt: skip
+
+
+def test_monoliths_answers(alive):
+    port = alive.rpartition(":")[2]
+    ups = [alive, f"[127.0.0.1]:{port}", f"127.1:{port}", f"localhost:{port}"]
+    addrs = [*ups, *MONOLITHS_ANSWERS, alive]
+    checker = NodeAliveChecker(addrs)
+    assert checker.get_addrs() is addrs
+    assert checker.get_alive_nodes() == ups
+    assert checker.get_dead_nodes() == MONOLITHS_ANSWERS
+    assert not checker.all_nodes_alive()
+    for address in MONOLITHS_ANSWERS:
+        assert checker.report[address].reason is Reason.INVALID_ADDRESS
+    empty = NodeAliveChecker([])
+    assert empty.all_nodes_alive()
+    assert empty.get_alive_nodes() == empty.get_dead_nodes() == []
+
+
+def test_checker_probes_again_and_takes_iterators(refused):
+    checker = NodeAliveChecker(iter([refused]), 1, 10)
+    assert checker.get_addrs() == [refused]
+    first = checker.report
+    assert checker.check() == checker.report
+    assert checker.report is not first
+    assert checker.get_dead_nodes() == [refused]
+
+
+def test_checker_works_inside_a_running_loop(alive, refused):
+    async def notebook_cell():
+        checker = NodeAliveChecker([alive, refused])
+        assert checker.get_alive_nodes() == [alive]
+        with pytest.raises(ValueError, match="timeout must be positive"):
+            NodeAliveChecker([alive], timeout=0)
+        return checker.all_nodes_alive()
+
+    assert asyncio.run(notebook_cell()) is False
+
+
+def test_names_are_looked_up(listen):
+    port = listen().rpartition(":")[2]
+    report = check(f"localhost:{port}", "no.such.name.invalid:80", timeout=5)
+    assert report[f"localhost:{port}"].alive
+    assert report["no.such.name.invalid:80"].reason is Reason.NAME_NOT_RESOLVED
+
+
+def connect(addresses, port, timeout=1.0):
+    """Checks a made-up name that stands for these IP addresses."""
+
+    async def lookup(name):
+        assert name == "name"
+        return [
+            (socket.AF_INET6, (ip, 0, 0, 0)) if ":" in ip else (socket.AF_INET, (ip, 0))
+            for ip in addresses
+        ]
+
+    async def run():
+        async with TcpConnector(lookup) as connector:
+            report = await check_nodes(
+                [f"name:{port}"], timeout=timeout, connector=connector
+            )
+        return report.results[0]
+
+    return asyncio.run(run())
+
+
+def test_a_silent_first_address_does_not_hide_a_second(silent):
+    host, port = silent.split(":")
+    with socket.socket() as server:
+        server.bind(("127.0.0.2", int(port)))
+        server.listen()
+        status = connect([host, "127.0.0.2"], port)
+    assert status.alive
+    assert 0.25 <= status.latency < 0.9
+
+
+def test_a_refusing_first_address_costs_no_delay(listen):
+    port = listen("127.0.0.2").rpartition(":")[2]
+    status = connect(["127.0.0.3", "::1", "127.0.0.2"], port)
+    assert status.alive
+    assert status.latency < 0.2
+
+
+def test_a_refusal_says_more_than_silence(silent):
+    host, port = silent.split(":")
+    status = connect(["127.0.0.2", "::1"], port)
+    assert status.reason is Reason.REFUSED
+    status = connect(["127.0.0.2", host], port, timeout=0.5)
+    assert status.reason is Reason.TIMEOUT
+
+
+def test_a_name_without_addresses():
+    status = connect([], 80)
+    assert status.reason is Reason.NAME_NOT_RESOLVED
+    assert status.message
+
+
+def test_a_connection_that_meets_itself_is_not_alive():
+    # A free port of the ephemeral range: some attempt gets it as its own port too.
+    low = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    assert port >= low
+    with socket.socket() as met:
+        met.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        met.bind(("127.0.0.1", port))
+        met.connect(("127.0.0.1", port))  # TCP's simultaneous open, for real
+        assert met.getsockname() == met.getpeername()
+        met.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+
+    original = socket.socket
+
+    class Bound(original):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            if args and args[0] == socket.AF_INET:
+                self.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                self.bind(("127.0.0.1", port))
+
+    async def run():
+        socket.socket = Bound
+        try:
+            return await check_nodes([f"127.0.0.1:{port}"])
+        finally:
+            socket.socket = original
+
+    status = asyncio.run(run()).results[0]
+    assert (status.alive, status.reason) == (False, Reason.REFUSED)
+    assert "itself" in status.message
+
+
+def test_no_connection_is_left_in_time_wait(alive):
+    port = int(alive.rpartition(":")[2])
+    assert check(*[f"127.0.{i}.1:{port}" for i in range(3)], alive).alive == [alive]
+    for _ in range(20):
+        assert check(alive).all_alive
+    table = Path("/proc/net/tcp").read_text()
+    rows = [line.split() for line in table.splitlines()[1:]]
+    waiting = [
+        row for row in rows if row[3] == "06" and f":{port:04X}" in line_ends(row)
+    ]
+    assert waiting == []
+
+
+def line_ends(row):
+    return row[1][-5:], row[2][-5:]
+
+
+def test_ten_thousand_addresses():
+    limit, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard < 11_000:
+        pytest.skip(f"the limit of open files is {hard}, and this test needs 11,000")
+    with socket.socket() as server:
+        port = port_below_the_ephemeral_range(lambda port: server.bind(("", port)))
+        server.listen(4096)
+        addrs = [
+            f"127.{i // 62_500}.{i // 250 % 250}.{i % 250 + 1}:{port}"
+            for i in range(10_000)
+        ]
+        assert len(set(addrs)) == 10_000
+        stop = threading.Event()
+
+        def accept():
+            server.settimeout(0.1)
+            while not stop.is_set():
+                with contextlib.suppress(TimeoutError):
+                    server.accept()[0].close()
+
+        thread = threading.Thread(target=accept)
+        thread.start()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(limit, 11_000), hard))
+        try:
+            report = check(*addrs, timeout=10.0)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+            stop.set()
+            thread.join()
+    assert len(report.alive) == 10_000, str(report)[:1000]
+
+
+SMALL_LIMIT = """
+import asyncio, resource, socket, sys
+from monolith_optax.net import check_nodes
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+with socket.socket() as server:
+    server.bind(("", 0))
+    server.listen(1024)
+    port = server.getsockname()[1]
+    addrs = [f"127.0.0.{i}:{port}" for i in range(1, 201)]
+    assert asyncio.run(check_nodes(addrs, timeout=5)).all_alive
+    hold = []
+    def take_all_descriptors_but(spare):
+        try:
+            while True:
+                hold.append(socket.socket())
+        except OSError:
+            for _ in range(spare):
+                hold.pop().close()
+    take_all_descriptors_but(4)  # three for the event loop and one for a probe
+    assert asyncio.run(check_nodes(addrs, timeout=5)).all_alive
+    async def starved():
+        take_all_descriptors_but(0)
+        return await check_nodes(addrs[:3], timeout=5)
+    report = asyncio.run(starved())
+    assert report.local_faults == report.dead == addrs[:3], report
+    assert "Too many open files" in str(report)
+    for held in hold:
+        held.close()
+"""
+
+
+def test_few_descriptors():
+    command = [sys.executable, "-c", SMALL_LIMIT]
+    result = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "could not be checked" in result.stderr  # logging's last resort
+
+
+def test_cancellation_at_random_moments_leaves_nothing(alive, refused, silent):
+    rng = random.Random(0)
+
+    async def cancelled_after(seconds):
+        addrs = [alive, refused, silent, "localhost:1", "no.such.name.invalid:80"]
+        task = asyncio.create_task(check_nodes(addrs, timeout=0.5))
+        await asyncio.sleep(seconds)
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    async def run():
+        before = descriptors()
+        for _ in range(40):
+            await cancelled_after(rng.choice([0.0, 0.001, 0.02, 0.05]) * rng.random())
+            assert descriptors() == before
+
+    asyncio.run(run())
+
+
+def test_a_lookup_process_that_dies_is_replaced(listen):
+    port = listen().rpartition(":")[2]
+
+    async def run():
+        async with TcpConnector() as connector:
+            await connector("localhost", port)
+            connector._own_lookup._process.kill()
+            await asyncio.sleep(0.1)
+            await connector("localhost", port)
+
+    asyncio.run(run())
+
+
+def test_checks_from_several_threads(alive, refused):
+    reports = []
+
+    def work():
+        reports.append(check(alive, refused, f"localhost:{alive.rpartition(':')[2]}"))
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [len(report.alive) for report in reports] == [2] * 4
