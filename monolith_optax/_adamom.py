@@ -127,7 +127,7 @@ def adamom(
         **extra_args: Any,
     ) -> tuple[optax.Updates, AdamomState]:
         del extra_args
-        lr = learning_rate(state.count) if callable(learning_rate) else learning_rate
+        lr = _slots.learning_rate_at(learning_rate, state.count)
 
         def rule(
             g: jax.Array, m: jax.Array, v: jax.Array, c: jax.Array
@@ -138,24 +138,23 @@ def adamom(
             m = mom * m + (1 - mom) * g
             v = ada * v + g * g
             c = ada * c + 1
-            # XLA turns a division by a broadcast scalar into a multiplication by its
-            # inverse, which rounds differently. The select hides that c is one.
-            mean = v / (jnp.where(v >= 0, c, 1) if compact_c else c)
+            # XLA turns a division by what it knows to be a broadcast scalar into a
+            # multiplication by its inverse, which rounds differently. The select hides
+            # that c may be one, so that compact_c changes no bit.
+            mean = v / jnp.where(v >= 0, c, 1)
             if use_v2:
                 return -(m * alpha) / (jnp.sqrt(mean) + eps), m, v, c
             return -(m * alpha) * jax.lax.rsqrt(mean + eps), m, v, c
 
-        c = jax.tree.map(lambda _: state.c, state.m) if compact_c else state.c
-        updates, m, v, c = _slots.step(
+        updates, slots = _slots.step(
             rule,
             updates,
-            (state.m, state.v, c),
+            {"m": state.m, "v": state.v, "c": state.c},
             params,
             weight_decay,
             weight_decay_mask,
+            shared="c" if compact_c else "",
         )
-        if compact_c:
-            c = next(iter(jax.tree.leaves(c)), state.c)
-        return updates, AdamomState(optax.safe_increment(state.count), m, v, c)
+        return updates, AdamomState(optax.safe_increment(state.count), **slots)
 
     return optax.GradientTransformationExtraArgs(init, update)

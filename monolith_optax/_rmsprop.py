@@ -132,7 +132,7 @@ def rmsprop(
         **extra_args: Any,
     ) -> tuple[optax.Updates, RmspropState]:
         del extra_args
-        lr = learning_rate(state.count) if callable(learning_rate) else learning_rate
+        lr = _slots.learning_rate_at(learning_rate, state.count)
 
         def rule(g: jax.Array, m: jax.Array, v: jax.Array) -> tuple[jax.Array, ...]:
             alpha, b1, b2, eps = _slots.as_dtype(g.dtype, lr, beta1, beta2, epsilon)
@@ -144,9 +144,14 @@ def rmsprop(
                 m = b1 * m + g * alpha * jax.lax.rsqrt(v + eps)
             return -m, m, v
 
-        updates, m, v = _slots.step(
-            rule, updates, (state.m, state.v), params, weight_decay, weight_decay_mask
+        updates, slots = _slots.step(
+            rule,
+            updates,
+            {"m": state.m, "v": state.v},
+            params,
+            weight_decay,
+            weight_decay_mask,
         )
-        return updates, RmspropState(optax.safe_increment(state.count), m, v)
+        return updates, RmspropState(optax.safe_increment(state.count), **slots)
 
     return optax.GradientTransformationExtraArgs(init, update)

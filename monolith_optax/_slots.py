@@ -59,41 +59,60 @@ def shared_zero(slots: optax.Params) -> jax.Array:
     return jnp.zeros([], dtypes.pop() if dtypes else jnp.float32)
 
 
+def learning_rate_at(learning_rate: optax.ScalarOrSchedule, count: jax.Array) -> Any:
+    """The learning rate of the step that follows `count` steps."""
+    if not callable(learning_rate):
+        return learning_rate
+    rate = learning_rate(count)
+    _check_scalar("learning_rate", rate)
+    return rate
+
+
 def step(
     rule: Callable[..., tuple[jax.Array, ...]],
     gradients: optax.Updates,
-    slots: tuple[optax.Params, ...],
+    slots: dict[str, Any],
     params: optax.Params | None,
     weight_decay: ArrayLike,
     mask: Mask,
-) -> tuple[Any, ...]:
+    shared: str = "",
+) -> tuple[optax.Updates, dict[str, Any]]:
     """Runs `(update, *slots) = rule(weight_decay * w + grad, *slots)` on every leaf.
 
     The rule sees one dtype alone, the compute dtype of the first slot. Updates come
     back in the parameters' dtypes, or in the gradients' without params; slots in those
-    that they had.
+    that they had. The slot named `shared` is one scalar that all leaves update alike.
     """
-    check_gradients(gradients, slots[0], params)
+    first = next(iter(slots.values()))
+    check_gradients(gradients, slots, params, shared)
     like = gradients if params is None else params
     g = jax.tree.map(
-        lambda g, slot: jnp.asarray(g, compute_dtype(slot.dtype)), gradients, slots[0]
+        lambda g, slot: jnp.asarray(g, compute_dtype(slot.dtype)), gradients, first
     )
     # A weight decay of 0 that has become an array would be multiplied all the same.
     if _concrete(weight_decay) != 0:
         g = _add_decayed_weights(g, params, weight_decay, mask)
 
     def leaf(g: jax.Array, like: ArrayLike, *old: jax.Array) -> tuple[jax.Array, ...]:
-        update, *new = rule(g, *(slot.astype(g.dtype) for slot in old))
+        update, *new = rule(g, *(jnp.asarray(slot, g.dtype) for slot in old))
         new = [n.astype(o.dtype) for n, o in zip(new, old, strict=True)]
         return update.astype(dtype_of(like)), *new
 
-    leaves = map(jax.tree.leaves, (g, like, *slots))
-    rows = [leaf(*row) for row in zip(*leaves, strict=True)]
-    treedef = jax.tree.structure(gradients)
-    return tuple(
-        jax.tree.unflatten(treedef, [row[i] for row in rows])
+    count = len(jax.tree.leaves(first))
+    columns = [
+        [slot] * count if name == shared else jax.tree.leaves(slot)
+        for name, slot in slots.items()
+    ]
+    rows = zip(jax.tree.leaves(g), jax.tree.leaves(like), *columns, strict=True)
+    results = [leaf(*row) for row in rows]
+    updates, *new_slots = (
+        jax.tree.unflatten(jax.tree.structure(first), [result[i] for result in results])
         for i in range(1 + len(slots))
     )
+    new = dict(zip(slots, new_slots, strict=True))
+    if shared:
+        new[shared] = next(iter(jax.tree.leaves(new[shared])), slots[shared])
+    return updates, new
 
 
 def _add_decayed_weights(
@@ -105,7 +124,8 @@ def _add_decayed_weights(
     if params is None:
         raise ValueError(
             "Weight decay needs the current parameters, but params is None: call "
-            "update(gradients, state, params)."
+            "update(gradients, state, params). Under optax.inject_hyperparams even a "
+            "weight decay of 0 is an array, unless static_args names 'weight_decay'."
         )
 
     def decay(use: bool, g: jax.Array, param: ArrayLike) -> jax.Array:
@@ -121,12 +141,16 @@ def _add_decayed_weights(
 def check_learning_rate(value: optax.ScalarOrSchedule) -> None:
     """Accepts a schedule, a traced scalar, or a finite number."""
     if not callable(value):
-        _check_scalar("learning_rate", value, -math.inf, math.inf)
+        _check_scalar("learning_rate", value)
 
 
 def check_hyperparameter(name: str, value: ArrayLike, high: float = math.inf) -> None:
     """Accepts a scalar that is float32 or wider and, where concrete, in [0, high]."""
-    _check_scalar(name, value, 0, high)
+    _check_scalar(name, value)
+    number = _concrete(value)
+    if number is not None and not 0 <= number <= high:
+        bounds = "at least 0" if high == math.inf else f"in [0, {high}]"
+        raise ValueError(f"{name} must be {bounds}, but it is {value}.")
     dtype = dtype_of(value)
     if jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 4:
         raise ValueError(
@@ -157,7 +181,7 @@ def check_slot_dtype(slot_dtype: DTypeLike | None) -> None:
 
 def check_weight_decay_mask(mask: Mask) -> None:
     """Accepts None, functions and trees, but no bare value."""
-    if mask is not None and not callable(mask) and jax.tree_util.all_leaves([mask]):
+    if mask is not None and not callable(mask) and _is_leaf(mask):
         raise ValueError(
             "weight_decay_mask must be a tree of bools, or a function from params to "
             f"one, but it is {mask!r}. optax.inject_hyperparams takes a function for a "
@@ -180,12 +204,21 @@ def check_params(params: optax.Params) -> None:
 
 
 def check_gradients(
-    gradients: optax.Updates, slots: optax.Params, params: optax.Params | None
+    gradients: optax.Updates,
+    slots: dict[str, Any],
+    params: optax.Params | None,
+    shared: str,
 ) -> None:
-    """Accepts dense gradients, and params where given, that match the slots exactly."""
-    problems = _mismatches("gradients", gradients, slots)
+    """Accepts dense gradients, params where given, and slots that match exactly."""
+    first, *others = (name for name in slots if name != shared)
+    trees = {"gradients": gradients} | {f"state.{name}": slots[name] for name in others}
     if params is not None:
-        problems += _mismatches("params", params, slots)
+        trees["params"] = params
+    problems = []
+    for name, tree in trees.items():
+        problems += _mismatches(name, tree, slots[first])
+    if shared and not (_is_leaf(slots[shared]) and np.shape(slots[shared]) == ()):
+        problems.append(f"state.{shared} is not one scalar, as compact_c has it.")
     _raise_listed("Gradients, params and state do not belong together.", problems)
 
 
@@ -196,7 +229,7 @@ def _mismatches(name: str, tree: optax.Updates, slots: optax.Params) -> list[str
     leaves = jax.tree.leaves_with_path(tree)
     return [
         f"{name}{keystr(path)} is {_describe(leaf)}, but the state was made for a "
-        f"real array of shape {slot.shape}."
+        f"real floating-point array of shape {slot.shape}."
         for (path, leaf), slot in zip(leaves, jax.tree.leaves(slots), strict=True)
         if np.shape(leaf) != slot.shape
         or not jnp.issubdtype(dtype_of(leaf), jnp.floating)
@@ -230,7 +263,8 @@ def _structure_mismatches(
 
 def _full_mask(mask: Mask, params: optax.Params) -> Any:
     """The mask as a bool for each parameter."""
-    mask = mask(params) if callable(mask) else mask
+    if callable(mask) and _is_leaf(mask):  # not a module that can be called
+        mask = mask(params)
     try:
         full = jax.tree.broadcast(True if mask is None else mask, params)
     except ValueError as error:
@@ -245,16 +279,18 @@ def _full_mask(mask: Mask, params: optax.Params) -> Any:
     return full
 
 
-def _check_scalar(name: str, value: ArrayLike, low: float, high: float) -> None:
+def _is_leaf(tree: Any) -> bool:
+    return jax.tree_util.all_leaves([tree])
+
+
+def _check_scalar(name: str, value: ArrayLike) -> None:
     dtype = dtype_of(value)
     real = jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
     if not real or np.shape(value) != ():
         raise ValueError(f"{name} must be a real scalar, but it is {_describe(value)}.")
     number = _concrete(value)
-    if number is not None and not (low <= number <= high and math.isfinite(number)):
-        raise ValueError(
-            f"{name} must be a finite number in [{low}, {high}], but it is {value}."
-        )
+    if number is not None and not math.isfinite(number):
+        raise ValueError(f"{name} must be a finite number, but it is {value}.")
 
 
 def _concrete(value: ArrayLike) -> float | None:

@@ -38,18 +38,17 @@ def gradients(params, seed=0):
     )
 
 
-def run(tx, params, steps=4, *, seed=0, jit=True, grad_dtype=None):
+def run(tx, params, steps=4):
     """The parameters and the state after a few steps on random gradients."""
 
+    @jax.jit
     def step(grads, state, params):
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
-    step = jax.jit(step) if jit else step
     state = tx.init(params)
-    for i in range(steps):
-        grads = optax.tree.cast(gradients(params, seed + i), grad_dtype)
-        params, state = step(grads, state, params)
+    for seed in range(steps):
+        params, state = step(gradients(params, seed), state, params)
     return params, state
 
 
@@ -228,6 +227,27 @@ def test_weight_decay_mask(variant, params, mask):
     assert_close(masked["scale"], plain["scale"])
 
 
+def test_weight_decay_mask_may_be_a_module_that_can_be_called(variant):
+    @jax.tree_util.register_pytree_node_class
+    class Model(dict):
+        def __call__(self, _):
+            raise AssertionError("a mask is no model to run")
+
+        def tree_flatten(self):
+            return tuple(self.values()), tuple(self)
+
+        @classmethod
+        def tree_unflatten(cls, names, values):
+            return cls(zip(names, values, strict=True))
+
+    params = Model(w=jnp.ones(3), b=jnp.ones(2))
+    mask = Model(w=True, b=False)
+    masked, _ = run(variant.make(weight_decay=0.5, weight_decay_mask=mask), params)
+    decayed, _ = run(variant.make(weight_decay=0.5), params)
+    plain, _ = run(variant.make(weight_decay=0.0), params)
+    assert_close((masked["w"], masked["b"]), (decayed["w"], plain["b"]))
+
+
 def test_weight_decay_mask_may_be_a_prefix_and_is_itself_masked(variant, params):
     mask = {"mlp": True, "scale": False}
     tx = variant.make(weight_decay=0.5, weight_decay_mask=mask)
@@ -393,8 +413,27 @@ def test_unusual_trees(variant, params):
     state = tx.init(params)
     updates, after = jax.jit(tx.update)(grads, state, params)
     chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
-    assert jax.tree.map(jnp.shape, updates) == jax.tree.map(jnp.shape, params)
+    chex.assert_trees_all_equal_shapes_and_dtypes(
+        updates, jax.tree.map(jnp.asarray, params)
+    )
     assert after.count == 1
+
+
+def test_count_stops_at_its_largest_value(variant, params):
+    tx = variant.make()
+    largest = jnp.iinfo(jnp.int32).max
+    state = tx.init(params)._replace(count=jnp.int32(largest))
+    assert tx.update(gradients(params), state, params)[1].count == largest
+
+
+def test_state_may_come_back_as_numpy_arrays(variant, params):
+    tx = variant.make()
+    _, state = run(tx, params)
+    grads = gradients(params)
+    expected = tx.update(grads, state, params)
+    actual = tx.update(grads, jax.device_get(state), params)
+    chex.assert_trees_all_equal(actual, expected)
+    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(actual))
 
 
 def test_init_takes_shapes_alone(variant, params):

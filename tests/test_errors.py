@@ -29,10 +29,10 @@ def raises(*fragments):
     return pytest.raises(ValueError, match=f"(?s){pattern}")
 
 
-def assert_refused(tx, gradients, params, *fragments, jit=True):
+def assert_refused(tx, gradients, params, *fragments):
     """The update fails while tracing, and the state still takes a good gradient."""
     state = tx.init(PARAMS)
-    update = jax.jit(tx.update, donate_argnums=1) if jit else tx.update
+    update = jax.jit(tx.update, donate_argnums=1)
     with raises(*fragments):
         update(gradients, state, params)
     updates, _ = update(PARAMS, state, PARAMS)
@@ -163,6 +163,28 @@ def test_hyperparameters_out_of_range(optimizer, name, value):
         optimizer(**{name: value})
 
 
+@pytest.mark.parametrize("value", [None, 1j, jnp.ones(1), math.nan, "0.1"])
+def test_schedules_that_give_no_rate(variant, value):
+    tx = variant.make(learning_rate=lambda _: value)
+    with raises("learning_rate must be"):
+        tx.update(PARAMS, tx.init(PARAMS), PARAMS)
+
+
+def test_slots_that_do_not_match(variant):
+    tx = variant.make()
+    state = tx.init(PARAMS)
+    wrong = state._replace(v=grads(w=jnp.ones((3, 1))))
+    with raises("state.v['mlp']['w']", "(3, 1)", "(3, 2)"):
+        tx.update(PARAMS, wrong, PARAMS)
+
+
+@pytest.mark.parametrize("saved", [True, False])
+def test_compact_c_differs_from_that_of_the_state(saved):
+    state = adamom(compact_c=saved).init(PARAMS)
+    with raises("state.c"):
+        adamom(compact_c=not saved).update(PARAMS, state, PARAMS)
+
+
 @pytest.mark.parametrize("optimizer", DECAYS)
 @pytest.mark.parametrize("bound", [0, 1, 0.0, 1.0])
 def test_bounds_of_decay_rates_are_allowed(optimizer, bound):
@@ -207,6 +229,13 @@ def test_compact_c_of_slots_of_several_dtypes():
         with raises("compact_c", "float32", "float64", "slot_dtype"):
             adamom(compact_c=True).init(params)
         adamom(compact_c=True, slot_dtype=jnp.float32).init(params)
+
+
+@pytest.mark.parametrize("mask", [True, 1, lambda _: 1, {"mlp": 1.0}, grads(b="no")])
+def test_weight_decay_mask_that_holds_no_bools(variant, mask):
+    with raises("weight_decay_mask must", "bools"):
+        tx = variant.make(weight_decay=0.1, weight_decay_mask=mask)
+        tx.update(PARAMS, tx.init(PARAMS), PARAMS)
 
 
 @pytest.mark.parametrize("mask", [{"mlp": {"w": True}}, {"cnn": True}, [True]])

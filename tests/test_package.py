@@ -51,8 +51,12 @@ def test_private_optax_is_imported_nowhere():
     assert len(sources) > 10
     for source in sources:
         for node in ast.walk(ast.parse(source.read_text())):
-            names = [alias.name for alias in getattr(node, "names", [])]
-            module = getattr(node, "module", None) or ""
-            used = ast.unparse(node) if isinstance(node, ast.Attribute) else ""
-            for name in [module, used, *names]:
+            names = []
+            if isinstance(node, ast.ImportFrom):
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
+            elif isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.Attribute):
+                names = [ast.unparse(node)]
+            for name in names:
                 assert not name.startswith("optax._"), f"{source}: {name}"
