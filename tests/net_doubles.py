@@ -4,6 +4,7 @@ import asyncio
 import errno
 import os
 import selectors
+from typing import NamedTuple
 
 
 class _JumpingSelector(selectors.DefaultSelector):
@@ -35,6 +36,13 @@ def run_virtually(coroutine):
     with asyncio.Runner(loop_factory=VirtualLoop) as runner:
         result = runner.run(coroutine)
         return result, runner.get_loop().time()
+
+
+class Late(NamedTuple):
+    """Fails, and not at once."""
+
+    seconds: float
+    number: int
 
 
 class Nodes:
@@ -69,6 +77,9 @@ class Nodes:
                 await asyncio.Event().wait()
             case float():
                 await asyncio.sleep(behaviour)
+            case Late(seconds, number):
+                await asyncio.sleep(seconds)
+                raise OSError(number, os.strerror(number))
             case int():
                 raise OSError(behaviour, os.strerror(behaviour))
             case Exception():

@@ -30,7 +30,8 @@ BAD = [
     "localhost:٣", "localhost:000080", " localhost:80", "local host:80", "tcp://x:1",
     "x/y:1", "user@x:1", "[localhost]:80", "[::1:80", "::1]:80", "[]:80", "[[::1]]:80",
     "::zz:80", "1:2:3", "a..b:80", "a" * 64 + ":80", "x\n:80", None, 80, b"x:80",
-    ("x", 80),
+    ("x", 80), "[fe80::1%]:80", "[fe80::1%a b]:80", "[fe80::1%\ud800]:80",
+    "fe80::1%" + "a" * 64 + ":80", "[fe80::1%a\0b]:80", "[127.0.0.1%lo]:80",
 ]  # fmt: skip
 
 
@@ -129,6 +130,8 @@ def test_missing_environment_variables(monkeypatch):
     monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "10.0.0.1:8476")
     assert net.coordinator_addresses() == ["10.0.0.1:8476"]
     assert net.coordinator_addresses("x:1") == ["x:1"]
+    with pytest.raises(ValueError, match="is not set"):
+        net.coordinator_addresses("")
 
 
 def test_addresses_in_a_file():

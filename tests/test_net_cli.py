@@ -84,15 +84,15 @@ def test_addresses_from_everywhere(tmp_path, up, down):
     [
         ([], "required: command"),
         (["check"], "no addresses"),
-        (["check", "a:1", "--timeout", "0"], "timeout must be positive"),
+        (["check", "a:1", "--timeout", "0"], "timeout must be a positive"),
         (["check", "a:1", "--timeout", "x"], "invalid float value"),
-        (["check", "a:1", "--wait", "-1"], "deadline must be positive"),
+        (["check", "a:1", "--wait", "-1"], "deadline must be a positive"),
         (["check", "--file", "/no/such/file"], "No such file"),
         (["check", "--tf-config"], "TF_CONFIG is not set"),
         (["check", "--coordinator"], "JAX_COORDINATOR_ADDRESS is not set"),
         (["check", "a:1", "--roles", "ps"], "--tf-config, which is not given"),
         (["watch", "a:1", "--failure-threshold", "0"], "failure_threshold"),
-        (["watch", "a:1", "--interval", "0"], "interval must be positive"),
+        (["watch", "a:1", "--interval", "0"], "interval must be a positive"),
         (["ping", "a:1"], "invalid choice"),
     ],
 )
@@ -101,6 +101,25 @@ def test_bad_usage(arguments, message):
     assert (result.returncode, result.stdout) == (2, "")
     assert message in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_output_that_nobody_reads(down):
+    command = [*COMMAND, "check", down, "--json"]
+    read, write = os.pipe()
+    os.close(read)
+    result = subprocess.run(command, check=False, stdout=write, stderr=subprocess.PIPE)
+    os.close(write)
+    assert (result.returncode, result.stderr) == (3, b"")
+
+
+def test_a_file_that_is_no_text(tmp_path, up):
+    file = tmp_path / "nodes"
+    file.write_bytes(b"\xff\xfe")
+    result = run("check", "--file", file)
+    assert result.returncode == 2
+    assert f"{file} is no text in UTF-8" in result.stderr
+    file.write_text("\ufeff" + up)
+    assert run("check", "--file", file).returncode == 0
 
 
 def test_waiting_until_up():

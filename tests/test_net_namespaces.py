@@ -70,7 +70,7 @@ def laid_cable():
         settings.mkdir(parents=True)
         (settings / "hosts").write_text(HOSTS)
         (settings / "resolv.conf").write_text(f"nameserver {BLACK_HOLE}\n")
-        yield
+        yield settings
     finally:
         for name in (HERE, THERE):
             with contextlib.suppress(subprocess.CalledProcessError):
@@ -81,6 +81,7 @@ def laid_cable():
 
 
 def in_namespace(name, code):
+    """Starts Python in a namespace."""
     command = ["ip", "netns", "exec", name, sys.executable, "-c", code]
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -93,14 +94,14 @@ def network():
         pytest.skip("making network namespaces needs root and the program ip")
     with contextlib.ExitStack() as stack:
         try:
-            stack.enter_context(laid_cable())
+            settings = stack.enter_context(laid_cable())
         except (OSError, subprocess.CalledProcessError) as error:
             pytest.skip(f"network namespaces cannot be made here: {error}")
         server = stack.enter_context(in_namespace(THERE, SERVER))
         stack.callback(server.kill)
         assert server.stdout.readline() == "up\n"
         run_here(NEIGHBOURS_MET)
-        yield
+        yield settings
 
 
 def run_here(code):
@@ -151,6 +152,27 @@ def test_a_hung_name_server_costs_one_timeout_also_at_exit():
         assert time.monotonic() - start < 4.0
     """)
     assert lived < 6.0
+
+
+def test_names_that_no_server_knows(network):
+    (network / "resolv.conf").write_text("nameserver 127.0.0.1\n")  # refuses
+    try:
+        run_here("""
+            report = asyncio.run(check_nodes(["no-such-name:1", "only-six:2222"]))
+            status = report["no-such-name:1"]
+            assert status.reason is Reason.NAME_NOT_RESOLVED and status.message, report
+            assert report.alive == ["only-six:2222"], report
+        """)
+    finally:
+        (network / "resolv.conf").write_text(f"nameserver {BLACK_HOLE}\n")
+
+
+def test_hundreds_of_hung_names_hold_up_no_other():
+    run_here("""
+        names = [f"host{i}.example:1" for i in range(400)]
+        report = asyncio.run(check_nodes([*names, "only-six:2222"], timeout=2.0))
+        assert report.alive == ["only-six:2222"], str(report)[:300]
+    """)
 
 
 def test_a_partition_that_heals_while_waiting():

@@ -5,6 +5,7 @@ import asyncio
 import contextlib
 import datetime as dt
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,7 +26,7 @@ from monolith_optax.net._cluster import (
 )
 from monolith_optax.net._probe import NodeStatus
 
-ALL_UP, SOME_DOWN, BAD_USAGE, INTERRUPTED = 0, 1, 2, 130
+ALL_UP, SOME_DOWN, BAD_USAGE, FAILED, INTERRUPTED = 0, 1, 2, 3, 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,14 +35,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         addresses = _addresses(args)
-        if not addresses:
-            parser.error(
-                "no addresses: give ADDR, --file, --tf-config or --coordinator"
-            )
-        command = _watch if args.command == "watch" else _check
-        return asyncio.run(command(addresses, args))
     except (OSError, ValueError) as error:
         parser.error(str(error))
+    if not addresses:
+        parser.error("no addresses: give ADDR, --file, --tf-config or --coordinator")
+    command = _watch if args.command == "watch" else _check
+    try:
+        return asyncio.run(command(addresses, args))
+    except ValueError as error:  # an option out of its range
+        parser.error(str(error))
+    except BrokenPipeError:
+        # Nobody reads on: end quietly, also when Python flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except OSError as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return FAILED
     except KeyboardInterrupt:
         return INTERRUPTED
 
@@ -74,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m monolith_optax.net",
         description="Tells which nodes of a cluster are up, and why others are not.",
-        epilog="Exit status: 0 all are up, 1 some are down, 2 bad usage.",
+        epilog="Exit status: 0 all are up, 1 some are down, 2 bad usage, 3 failure.",
     )
     commands = parser.add_subparsers(dest="command", required=True)
     check = commands.add_parser(
@@ -97,15 +106,17 @@ def _parser() -> argparse.ArgumentParser:
 
 def _addresses(args: argparse.Namespace) -> list[str]:
     addresses = list(args.addresses)
-    if args.file == "-":
-        addresses += read_addresses(sys.stdin)
-    elif args.file:
-        with Path(args.file).open(encoding="utf-8") as file:
-            addresses += read_addresses(file)
+    if args.file:
+        path = "/dev/stdin" if args.file == "-" else args.file
+        try:
+            text = Path(path).read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is no text in UTF-8: {error}") from error
+        addresses += read_addresses(text.splitlines())
     if args.roles and not args.tf_config:
         raise ValueError("--roles chooses from --tf-config, which is not given.")
     if args.tf_config:
-        roles = args.roles.split(",") if args.roles else None
+        roles = args.roles.replace(",", " ").split() if args.roles else None
         addresses += tf_config_addresses(roles=roles)
     if args.coordinator:
         addresses += coordinator_addresses()

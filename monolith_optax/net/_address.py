@@ -93,7 +93,7 @@ def parse_address(text: Any) -> Address:
     bracketed = re.fullmatch(r"\[(.*)\]", host)
     if bracketed and _is_ip(bracketed[1]):
         return Address(bracketed[1], int(port))
-    if is_ipv6_address(host) or _is_name(host):
+    if (":" in host and _is_ip(host)) or _is_name(host):
         return Address(host, int(port))
     raise ValueError(
         f"{text!r} must begin with a host name or IP address, not {host!r}."
@@ -105,7 +105,8 @@ def _is_ip(host: str) -> bool:
         ipaddress.ip_address(host)
     except ValueError:
         return False
-    return True
+    _, percent, scope = host.partition("%")
+    return not percent or re.fullmatch("[A-Za-z0-9_.-]{1,15}", scope) is not None
 
 
 def _is_name(host: str) -> bool:

@@ -4,6 +4,7 @@ import asyncio
 import concurrent.futures
 import contextlib
 import logging
+import math
 import random
 import resource
 import sys
@@ -22,7 +23,7 @@ from typing import Any
 from monolith_optax.net._address import parse_address
 from monolith_optax.net._lookup import numeric_addresses
 from monolith_optax.net._probe import (
-    MAX_ATTEMPTS,
+    ATTEMPTS_AT_A_TIME,
     Connector,
     NodeStatus,
     Reason,
@@ -37,8 +38,8 @@ SPARE_DESCRIPTORS = 16
 BURST = 64
 # Seconds between rounds of wait_for_nodes, doubling from the first to the last.
 FIRST_PAUSE, LAST_PAUSE = 0.1, 5.0
-# Seconds before its deadline at which wait_for_nodes gives up.
-LEAST_TIMEOUT = 0.01
+# With less than so many seconds left, wait_for_nodes begins no other round.
+LEAST_ROUND = 0.05
 
 _logger = logging.getLogger("monolith_optax.net")
 
@@ -167,7 +168,8 @@ async def check_nodes(
 to 65535, not '99999'.)
     """
     addresses = _distinct(addrs)
-    _check_positive(timeout=timeout, max_concurrency=max_concurrency)
+    _check_positive(timeout=timeout)
+    _check_bound("max_concurrency", max_concurrency)
     async with _connecting(connector) as connect:
         return await _check(addresses, timeout, max_concurrency, connect)
 
@@ -209,7 +211,8 @@ async def wait_for_nodes(
       True
     """
     addresses = _distinct(addrs)
-    _check_positive(deadline=deadline, timeout=timeout, max_concurrency=max_concurrency)
+    _check_positive(deadline=deadline, timeout=timeout)
+    _check_bound("max_concurrency", max_concurrency)
     clock = asyncio.get_running_loop().time
     end = clock() + deadline
     latest: dict[Any, NodeStatus] = {}
@@ -217,9 +220,12 @@ async def wait_for_nodes(
     async with _connecting(connector) as connect:
         pause = FIRST_PAUSE
         while True:
-            round_timeout = min(timeout, max(end - clock(), LEAST_TIMEOUT))
-            report = await _check(pending, round_timeout, max_concurrency, connect)
-            latest |= {status.address: status for status in report.results}
+            report = await _check(pending, timeout, max_concurrency, connect, end)
+            for status in report.results:
+                # A probe that the deadline cut short says less than the one before.
+                cut_short = status.reason is Reason.TIMEOUT and clock() >= end
+                if not (cut_short and status.address in latest):
+                    latest[status.address] = status
             report = NodeReport(tuple(latest[address] for address in addresses))
             if on_progress is not None:
                 on_progress(report)
@@ -231,7 +237,7 @@ async def wait_for_nodes(
                 if not status.alive and status.reason is not Reason.INVALID_ADDRESS
             ]
             remaining = end - clock()
-            if not pending or remaining <= LEAST_TIMEOUT:
+            if not pending or remaining <= LEAST_ROUND:
                 raise NodesDownError(report)
             # Half of what remains leaves room for one more probe before the deadline.
             jitter = random.uniform(0.5, 1.0)
@@ -284,7 +290,8 @@ def watch_nodes(
       ('no port', False)
     """
     addresses = _distinct(addrs)
-    _check_positive(interval=interval, timeout=timeout, max_concurrency=max_concurrency)
+    _check_positive(interval=interval, timeout=timeout)
+    _check_bound("max_concurrency", max_concurrency)
     thresholds = {True: success_threshold, False: failure_threshold}
     if min(thresholds.values()) < 1:
         raise ValueError(
@@ -328,7 +335,7 @@ class NodeAliveChecker:
       timeout: seconds that each probe may take; name lookup counts.
       num_thread: how many probes may run at a time. None: as many as the limit of open
         files allows, so that a thousand silent nodes cost one timeout. There are no
-        threads: the name is Monolith's.
+        threads: the name is Monolith's, whose default of 10 made them cost a hundred.
 
     Attributes:
       report: the last `NodeReport`: who is down, and why.
@@ -351,6 +358,7 @@ class NodeAliveChecker:
         self._addrs = addrs if isinstance(addrs, Collection) else list(_iterable(addrs))
         self._timeout = timeout
         self._num_thread = num_thread
+        _check_bound("num_thread", num_thread)
         self.check()
 
     def check(self) -> NodeReport:
@@ -384,29 +392,47 @@ async def _check(
     timeout: float,
     max_concurrency: int | None,
     connector: Connector,
+    end: float = math.inf,
 ) -> NodeReport:
-    names = [host for host in map(_host, addresses) if not numeric_addresses(host)]
-    if names and isinstance(connector, TcpConnector):
+    """Probes addresses until the time `end` of the event loop's clock."""
+    clock = asyncio.get_running_loop().time
+    sockets = {address: _sockets_for(address) for address in addresses}
+    if isinstance(connector, TcpConnector) and ATTEMPTS_AT_A_TIME in sockets.values():
         await connector.prepare()
-    room = _descriptors_left() // (MAX_ATTEMPTS if names else 1)
-    free = asyncio.Semaphore(max(1, min(max_concurrency or room, room)))
+    most_sockets = max(1, _descriptors_left())
+    sockets = {address: min(n, most_sockets) for address, n in sockets.items()}
+    free_sockets = asyncio.Semaphore(most_sockets)
+    free_probes = asyncio.Semaphore(max_concurrency or most_sockets)
 
     async def limited(address: Any) -> NodeStatus:
         try:
-            return await probe(address, connector, timeout)
+            return await probe(address, connector, min(timeout, end - clock()))
         finally:
-            free.release()
+            free_probes.release()
+            for _ in range(sockets[address]):
+                free_sockets.release()
 
     tasks = []
     async with asyncio.TaskGroup() as group:
         for number, address in enumerate(addresses, start=1):
-            await free.acquire()
+            await free_probes.acquire()
+            for _ in range(sockets[address]):
+                await free_sockets.acquire()
             tasks.append(group.create_task(limited(address)))
             if number % BURST == 0:
                 await asyncio.sleep(0)
     report = NodeReport(tuple(task.result() for task in tasks))
     _log(report)
     return report
+
+
+def _sockets_for(address: Any) -> int:
+    """How many sockets a probe may have open at a time: more than one for a name."""
+    try:
+        host = parse_address(address).host
+    except ValueError:
+        return 0
+    return 1 if numeric_addresses(host) else ATTEMPTS_AT_A_TIME
 
 
 def _log(report: NodeReport) -> None:
@@ -421,14 +447,6 @@ def _log(report: NodeReport) -> None:
             example.message,
         )
     _logger.debug("%s", report)
-
-
-def _host(address: Any) -> str:
-    """The host of an address; an IP address if it is malformed, as nothing is asked."""
-    try:
-        return parse_address(address).host
-    except ValueError:
-        return "0.0.0.0"
 
 
 def _descriptors_left() -> int:
@@ -453,16 +471,39 @@ async def _connecting(connector: Connector | None) -> AsyncIterator[Connector]:
 
 def _run(check: Callable[[], Coroutine[Any, Any, NodeReport]]) -> NodeReport:
     """Runs a coroutine to its end, in a thread where an event loop is running."""
+
+    def run() -> NodeReport:
+        # With a factory, the runner leaves the thread's current event loop alone.
+        with asyncio.Runner(loop_factory=asyncio.new_event_loop) as runner:
+            return runner.run(cancellable())
+
+    async def cancellable() -> NodeReport:
+        task, loop = asyncio.create_task(check()), asyncio.get_running_loop()
+        cancels.append(lambda: loop.call_soon_threadsafe(task.cancel))
+        return await task
+
+    cancels: list[Callable[[], object]] = []
     try:
         asyncio.get_running_loop()
     except RuntimeError:
-        return asyncio.run(check())
+        return run()
     with concurrent.futures.ThreadPoolExecutor(max_workers=1) as thread:
-        return thread.submit(lambda: asyncio.run(check())).result()
+        try:
+            return thread.submit(run).result()
+        except KeyboardInterrupt:
+            for cancel in cancels:
+                cancel()
+            raise
 
 
 def _distinct(addrs: Iterable[Any]) -> list[Any]:
-    return list(dict.fromkeys(_iterable(addrs)))
+    addresses = list(_iterable(addrs))
+    try:
+        return list(dict.fromkeys(addresses))
+    except TypeError as error:
+        raise TypeError(
+            f"Addresses must be strings, but they are {addresses!r}."
+        ) from error
 
 
 def _iterable(addrs: Any) -> Iterable[Any]:
@@ -474,7 +515,12 @@ def _iterable(addrs: Any) -> Iterable[Any]:
     return addrs
 
 
-def _check_positive(**numbers: float | None) -> None:
+def _check_positive(**numbers: float) -> None:
     for name, number in numbers.items():
-        if number is not None and not number > 0:
-            raise ValueError(f"{name} must be positive, but it is {number}.")
+        if not isinstance(number, int | float) or not number > 0:
+            raise ValueError(f"{name} must be a positive number, but it is {number!r}.")
+
+
+def _check_bound(name: str, number: int | None) -> None:
+    if number is not None and (not isinstance(number, int) or number < 1):
+        raise ValueError(f"{name} must be None or at least 1, but it is {number!r}.")

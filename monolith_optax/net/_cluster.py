@@ -34,6 +34,8 @@ def tf_config_addresses(
             'TF_CONFIG must be JSON such as {"cluster": {"worker": ["host:2222"]}}, '
             f"but it is {tf_config!r}."
         ) from error
+    if isinstance(roles, str):
+        raise ValueError(f"roles must be a list such as ['ps'], but it is {roles!r}.")
     if roles is None:
         roles = [role for role in ROLES if role in nodes]
     if missing := [role for role in roles if role not in nodes]:
@@ -57,7 +59,9 @@ def coordinator_addresses(address: str | None = None) -> list[str]:
       >>> coordinator_addresses("10.0.0.1:8476")
       ['10.0.0.1:8476']
     """
-    if address is None and not (address := os.environ.get("JAX_COORDINATOR_ADDRESS")):
+    if address is None:
+        address = os.environ.get("JAX_COORDINATOR_ADDRESS")
+    if not address:
         raise ValueError("The environment variable JAX_COORDINATOR_ADDRESS is not set.")
     return [address]
 

@@ -18,6 +18,8 @@ from typing import Any, Self, TypeAlias
 
 SocketAddress: TypeAlias = tuple[socket.AddressFamily, tuple[Any, ...]]
 
+# Seconds that the process may take to come up.
+START_TIMEOUT = 10.0
 _WORKER = Path(__file__).with_name("_lookup_worker.py")
 
 
@@ -63,12 +65,9 @@ class NameLookup(asyncio.Protocol):
         Raises:
           OSError: there are none (`socket.gaierror`), or looking up failed.
         """
-        await self.start()
+        if self._transport is None:
+            await self.start()
         answer = await self._ask(name)
-        if "gaierror" in answer:
-            raise socket.gaierror(*answer["gaierror"])
-        if "oserror" in answer:
-            raise OSError(*answer["oserror"])
         return [
             (socket.AddressFamily(family), tuple(place))
             for family, place in answer["found"]
@@ -94,6 +93,8 @@ class NameLookup(asyncio.Protocol):
         self._end_process()  # one that ended by itself is still to be waited for
         loop = asyncio.get_running_loop()
         up = self._answers[""] = loop.create_future()
+        if not sys.executable:
+            raise FileNotFoundError(errno.ENOENT, "there is no Python to look up names")
         ours, theirs = socket.socketpair()
         with theirs:
             try:
@@ -107,15 +108,21 @@ class NameLookup(asyncio.Protocol):
             except BaseException:
                 ours.close()
                 raise
-        await asyncio.shield(up)
+        try:
+            async with asyncio.timeout(START_TIMEOUT):
+                _raise_error(await asyncio.shield(up))
+        except TimeoutError:
+            self._end_process()  # whoever asks it is told that it has ended
 
     async def _ask(self, name: str) -> dict[str, Any]:
-        assert self._transport is not None
         if name not in self._answers:
             self._answers[name] = asyncio.get_running_loop().create_future()
-            self._transport.write(json.dumps(name).encode() + b"\n")
+            if self._transport is not None:
+                self._transport.write(json.dumps(name).encode() + b"\n")
         # Whoever gives up must not end the lookup for others who wait for it.
-        return await asyncio.shield(self._answers[name])
+        answer = await asyncio.shield(self._answers[name])
+        _raise_error(answer)
+        return answer
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
@@ -136,3 +143,10 @@ class NameLookup(asyncio.Protocol):
             answer.set_result(lost)
         self._answers.clear()
         self._lost.set()
+
+
+def _raise_error(answer: dict[str, Any]) -> None:
+    if "gaierror" in answer:
+        raise socket.gaierror(*answer["gaierror"])
+    if "oserror" in answer:
+        raise OSError(*answer["oserror"])

@@ -12,7 +12,9 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-MAX_THREADS = 256
+# Each name that hangs keeps one.
+MAX_THREADS = 2048
+STACK_BYTES = 512 * 1024
 
 
 def look_up(name: str) -> dict[str, Any]:
@@ -33,6 +35,7 @@ def work(
 
 
 def main() -> None:
+    threading.stack_size(STACK_BYTES)
     names: queue.SimpleQueue[str] = queue.SimpleQueue()
     lock = threading.Lock()
     channel = socket.socket(fileno=0)

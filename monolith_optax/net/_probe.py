@@ -8,7 +8,7 @@ import itertools
 import os
 import socket
 import struct
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -18,8 +18,8 @@ from monolith_optax.net._lookup import NameLookup, SocketAddress, numeric_addres
 
 # RFC 8305: how long one address of a name has before the next is tried beside it.
 ATTEMPT_DELAY = 0.25
-# A probe has at most this many sockets open.
-MAX_ATTEMPTS = 4
+# So many sockets may be open for one name.
+ATTEMPTS_AT_A_TIME = 2
 
 
 class Reason(enum.StrEnum):
@@ -103,7 +103,7 @@ class TcpConnector:
             raise socket.gaierror(socket.EAI_NONAME, "the name has no address")
         attempts = [
             (family, (place[0], port, *place[2:]))
-            for family, place in _interleaved(addresses)[:MAX_ATTEMPTS]
+            for family, place in _interleaved(addresses)
         ]
         if len(attempts) == 1:
             await _connect(*attempts[0])
@@ -120,15 +120,31 @@ async def probe(address: Any, connector: Connector, timeout: float) -> NodeStatu
     clock = asyncio.get_running_loop().time
     start = clock()
     try:
-        async with asyncio.timeout(timeout):
+        async with _patient_timeout(timeout):
             await connector(host, port)
     except TimeoutError:
-        message = f"no answer within {timeout:g} s"
+        message = f"no answer within {max(timeout, 0):.3g} s"
         return NodeStatus(address, False, clock() - start, Reason.TIMEOUT, message)
     except OSError as error:
         message = error.strerror or str(error)
         return NodeStatus(address, False, clock() - start, reason_of(error), message)
     return NodeStatus(address, True, clock() - start)
+
+
+@contextlib.asynccontextmanager
+async def _patient_timeout(seconds: float) -> AsyncIterator[None]:
+    """`asyncio.timeout`, for which an answer that has come counts before the clock.
+
+    Where the event loop was held up, both are noticed in the same turn of it: the
+    timeout then waits for the next.
+    """
+    async with asyncio.timeout(None) as limit:
+        loop = asyncio.get_running_loop()
+        timer = loop.call_later(seconds, limit.reschedule, loop.time())
+        try:
+            yield
+        finally:
+            timer.cancel()
 
 
 _REASONS = {
@@ -165,20 +181,41 @@ def _interleaved(addresses: list[SocketAddress]) -> list[SocketAddress]:
     return [address for turn in turns for address in turn if address is not None]
 
 
+# This machine lacks something: of a name's addresses, none has been tried in earnest.
+_SHORTAGES = {
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ENOBUFS,
+    errno.ENOMEM,
+    errno.EPERM,
+    errno.EACCES,
+}
+
+
+def _telling(error: OSError) -> tuple[bool, int]:
+    """Sorts the error that says most of a node first."""
+    return error.errno not in _SHORTAGES, list(Reason).index(reason_of(error))
+
+
 async def _connect_to_any(attempts: list[SocketAddress]) -> None:
     """Succeeds with the first attempt that does; each gets a head start."""
-    running: set[asyncio.Task[None]] = set()
+    started: list[asyncio.Task[None]] = []
+    running: list[asyncio.Task[None]] = []
     errors: list[OSError] = []
     waiting = list(attempts)
     try:
         while waiting or running:
             if waiting:
-                running.add(asyncio.create_task(_connect(*waiting.pop(0))))
-            done, running = await asyncio.wait(
+                if len(running) == ATTEMPTS_AT_A_TIME:
+                    running.pop(0).cancel()
+                started.append(asyncio.create_task(_connect(*waiting.pop(0))))
+                running.append(started[-1])
+            done, _ = await asyncio.wait(
                 running,
                 timeout=ATTEMPT_DELAY if waiting else None,
                 return_when=asyncio.FIRST_COMPLETED,
             )
+            running = [task for task in running if task not in done]
             for error in [task.exception() for task in done]:
                 if error is None:
                     return
@@ -186,10 +223,10 @@ async def _connect_to_any(attempts: list[SocketAddress]) -> None:
                     raise error
                 errors.append(error)
     finally:
-        for task in running:
+        for task in started:
             task.cancel()
-        await asyncio.gather(*running, return_exceptions=True)
-    raise min(errors, key=lambda error: list(Reason).index(reason_of(error)))
+        await asyncio.gather(*started, return_exceptions=True)
+    raise min(errors, key=_telling)
 
 
 async def _connect(family: socket.AddressFamily, place: tuple[Any, ...]) -> None:
