@@ -10,8 +10,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from monolith_optax._adamom import AdamomState as AdamomState
     from monolith_optax._adamom import adamom as adamom
+    from monolith_optax._lazy_rows import lazy_rows as lazy_rows
+    from monolith_optax._lookups import value_and_row_grad as value_and_row_grad
     from monolith_optax._rmsprop import RmspropState as RmspropState
     from monolith_optax._rmsprop import rmsprop as rmsprop
+    from monolith_optax._rows import RowSlices as RowSlices
 
 __version__ = "0.1.0"
 
@@ -20,9 +23,20 @@ _HOME = {
     "adamom": "_adamom",
     "RmspropState": "_rmsprop",
     "rmsprop": "_rmsprop",
+    "RowSlices": "_rows",
+    "lazy_rows": "_lazy_rows",
+    "value_and_row_grad": "_lookups",
 }
 
-__all__ = ["AdamomState", "RmspropState", "adamom", "rmsprop"]
+__all__ = [
+    "AdamomState",
+    "RmspropState",
+    "RowSlices",
+    "adamom",
+    "lazy_rows",
+    "rmsprop",
+    "value_and_row_grad",
+]
 
 
 if not TYPE_CHECKING:  # type checkers are to find misspelt names
