@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from monolith_optax._rows import RowSlices
+from monolith_optax._rows import RowSlices, beyond_not_below
 
 
 def value_and_row_grad(
@@ -109,8 +109,8 @@ class _Table:
                 f"A table is looked up by an array of integer ids, not by {ids!r}."
             )
         self.ids.append(ids)
-        inside = jnp.where(ids < 0, len(self.table), ids)
-        rows = self.table.at[inside].get(mode="fill", fill_value=0)
+        places = beyond_not_below(ids, len(self.table))
+        rows = self.table.at[places].get(mode="fill", fill_value=0)
         if self.zeros is not None:
             rows = jnp.add(rows, self.zeros[len(self.ids) - 1])
         return rows

@@ -72,7 +72,7 @@ class RowSlices:
                 f"Rows of shape {self.row_shape} cannot be added to a table of shape "
                 f"{table.shape}."
             )
-        ids = jnp.where(self.ids < 0, len(table), self.ids)  # else they wrap around
+        ids = beyond_not_below(self.ids, len(table))
         return table.at[ids].add(self.rows.astype(table.dtype), mode="drop")
 
     __add__ = __radd__
@@ -119,15 +119,26 @@ class RowSlices:
         return self
 
 
+def beyond_not_below(ids: ArrayLike, num_rows: int) -> jax.Array:
+    """Ids with those below zero, which would wrap around, moved beyond the table."""
+    ids = wide_ids(ids)
+    return jnp.where(ids < 0, num_rows, ids)
+
+
+def wide_ids(ids: ArrayLike) -> jax.Array:
+    """Ids in a dtype that also holds what is beyond a table."""
+    ids = jnp.asarray(ids)
+    return ids.astype(jnp.int64 if ids.dtype.itemsize == 8 else jnp.int32)
+
+
 def sum_duplicates(slices: RowSlices, num_rows: int) -> RowSlices:
     """The same sum with ascending ids, each of them once, in one dimension.
 
     There are as many ids as before. Those left over at the end are padding: they lie
     beyond the table, one after the other, with rows of zeros.
     """
-    ids = slices.ids.reshape(-1)
-    ids = ids.astype(jnp.promote_types(ids.dtype, jnp.int32))
-    rows = slices.rows.reshape(-1, *slices.row_shape)
+    ids = wide_ids(slices.ids).reshape(-1)
+    rows = jnp.asarray(slices.rows).reshape(-1, *slices.row_shape)
     valid = (ids >= 0) & (ids < num_rows)
     beyond = num_rows + jnp.arange(len(ids), dtype=ids.dtype)
     # Sorting the ids alone, and finding each one's place afterwards, is several times

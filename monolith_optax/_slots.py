@@ -15,6 +15,8 @@ import optax
 from jax.tree_util import keystr
 from jax.typing import ArrayLike, DTypeLike
 
+from monolith_optax._rows import RowSlices
+
 Mask: TypeAlias = Any | Callable[[optax.Params], Any] | None
 
 
@@ -239,10 +241,11 @@ def _mismatches(name: str, tree: optax.Updates, slots: optax.Params) -> list[str
 def _structure_mismatches(
     name: str, tree: optax.Updates, slots: optax.Params
 ) -> list[str]:
-    from jax.experimental.sparse import JAXSparse  # slow, and only errors need it
+    # Slow to import, and only errors need it.
+    from jax.experimental.sparse import JAXSparse
 
     def is_sparse(node: Any) -> bool:
-        return isinstance(node, JAXSparse)
+        return isinstance(node, JAXSparse | RowSlices)
 
     leaves = jax.tree.leaves_with_path(tree, is_leaf=is_sparse)
     given = {keystr(path): leaf for path, leaf in leaves}
@@ -250,7 +253,9 @@ def _structure_mismatches(
     missing = [f"{name}{path} is missing." for path in expected if path not in given]
     unknown = [f"{name}{path} is unexpected." for path in given if path not in expected]
     sparse = [
-        f"{name}{path} is a sparse {type(leaf).__name__}: give its todense()."
+        f"{name}{path} is {type(leaf).__name__}: wrap the optimizer in lazy_rows."
+        if isinstance(leaf, RowSlices)
+        else f"{name}{path} is a sparse {type(leaf).__name__}: give its todense()."
         for path, leaf in given.items()
         if is_sparse(leaf)
     ]
