@@ -3,7 +3,7 @@
 import argparse
 import importlib
 
-NAMES = ["net"]
+NAMES = ["net", "rows"]
 
 
 def main() -> None:

@@ -136,7 +136,8 @@ def nodes() -> Iterator[tuple[list[str], list[str], list[str]]]:
             filler.setblocking(False)
             filler.connect_ex(("127.0.0.1", silent.getsockname()[1]))
         ports = [one.getsockname()[1] for one in sockets]
-        yield tuple([f"{host}:{port}" for host in hosts] for port in ports)
+        a, b, c = ([f"{host}:{port}" for host in hosts] for port in ports)
+        yield a, b, c
 
 
 @contextlib.contextmanager

@@ -22,9 +22,11 @@ def value_and_row_grad(
     up: to each of them a zero is added, and it is the zero's gradient. A table may be
     looked up any number of times; the slices are concatenated.
 
-    Rows of ids outside of the table, negative ones included, are zeros: padding. The
-    lookups must not be inside of a `jax.vmap`, `jax.lax.scan` or other transformation
-    that is itself inside of the function: look up whole batches, before it.
+    Rows of ids outside of the table, negative ones included, are zeros: padding. A
+    plain array takes negative ids from its end instead, so a loss that is to serve both
+    has to mask them. The lookups must not be inside of a `jax.vmap`, `jax.lax.scan` or
+    other transformation that is itself inside of the function: look up whole batches,
+    before it.
 
     Args:
       fun: a function from params, as its first argument, and others to a scalar.

@@ -23,14 +23,11 @@ class Variant:
         )
 
 
+DECAY = {"weight_decay": 1e-4}
 VARIANTS = {
     "adamom": Variant(monolith_optax.adamom),
-    "adamom_v2": Variant(monolith_optax.adamom, {"use_v2": True}),
+    "adamom_v2_decay": Variant(monolith_optax.adamom, {"use_v2": True} | DECAY),
     "adamom_compact_c": Variant(monolith_optax.adamom, {"compact_c": True}),
-    "adamom_decay": Variant(monolith_optax.adamom, {"weight_decay": 1e-4}),
-    "rmsprop": Variant(monolith_optax.rmsprop, {"beta1": 0.9}, 1e-3),
+    "rmsprop_decay": Variant(monolith_optax.rmsprop, {"beta1": 0.9} | DECAY, 1e-3),
     "rmsprop_v2": Variant(monolith_optax.rmsprop, {"use_v2": True, "beta1": 0.9}),
-    "rmsprop_decay": Variant(
-        monolith_optax.rmsprop, {"beta1": 0.9, "weight_decay": 1e-4}, 1e-3
-    ),
 }

@@ -46,3 +46,14 @@ def test_train_linear_refuses_bad_options(options):
     result = run("train_linear.py", *options)
     assert result.returncode == 2
     assert options[0] in result.stderr
+
+
+@pytest.mark.parametrize("way", [[], ["--dense"]], ids=["row-sparse", "dense"])
+def test_train_word2vec_quickly(tmp_path, way):
+    picture = tmp_path / "words.png"
+    result = run("train_word2vec.py", "--quick", "--plot", picture, *way)
+    assert result.returncode == 0, result.stderr
+    for name in ("row-sparse", "dense"):
+        assert re.search(rf"{name}: +[\d,]+ words a second", result.stdout)
+    assert "loss=" in result.stderr
+    assert picture.read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,192 @@
+"""The step on the rows of a batch beside the peers' and the dense one.
+
+Every step is timed until its results are there, the sides take turns in one process,
+and the gradient of the batch is ready before the clock starts. For ours the time is
+that of summing duplicates, of the optimizer and of `optax.apply_updates`, jitted and
+donated. For PyTorch's SparseAdam it is that of `optimizer.step()` with the gradient of
+an `Embedding(sparse=True)`: a sparse tensor that is not yet coalesced. For FBGEMM it
+is that of `backward()`, in which its optimizer steps, after a forward pass that has
+already read the rows of the batch. Two threads each.
+"""
+
+import importlib
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from itertools import cycle
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from monolith_optax import RowSlices, adamom, lazy_rows
+
+BATCH = 8192
+DIM = 16
+RATE = 1e-3
+
+# Takes a batch's ids and gradient, and returns the step to time.
+Side = Callable[[np.ndarray, np.ndarray], Callable[[], object]]
+
+
+def main(*, quick: bool) -> None:
+    """Prints times per step and what our step needs beside the batch."""
+    # Threads of PyTorch that spin while they wait would slow down every side, its own
+    # most of all, as soon as there are not as many idle cores.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    blocks, steps = (3, 2) if quick else (20, 10)
+    print(f"rows: {BATCH} Zipf ids, dimension {DIM}; ms, median of {blocks * steps}")
+    print(f"{'':29}{'rows':>9}{'median':>9}{'min':>9}{'max':>9}{'x ours':>8}")
+    memory = []
+    for num_rows in [10_000] if quick else [100_000, 1_000_000, 20_000_000]:
+        ours = Lazy(num_rows, lazy_rows(adamom(RATE)))
+        sides: dict[str, Side] = {
+            "lazy_rows(adamom)": ours,
+            "lazy_rows(optax.adam)": Lazy(num_rows, lazy_rows(optax.adam(RATE))),
+        }
+        for title, peer in {"SparseAdam": sparse_adam, "FBGEMM": fbgemm}.items():
+            try:
+                sides[title] = peer(num_rows)
+            except ImportError as error:
+                print(f"{title:29}{num_rows:9} is missing: {error}")
+        if num_rows <= 1_000_000:
+            sides["optax.adam, dense"] = Dense(num_rows, optax.adam(RATE))
+            sides["adamom, dense"] = Dense(num_rows, adamom(RATE))
+        times = interleave(sides, batches(num_rows), blocks, steps)
+        for title, ms in times.items():
+            median = statistics.median(ms)
+            ratio = median / statistics.median(times["lazy_rows(adamom)"])
+            row = f"{title:29}{num_rows:9}{median:9.3f}{min(ms):9.3f}{max(ms):9.3f}"
+            print(f"{row}{ratio:8.2f}", flush=True)
+        memory.append(ours.memory())
+    print(
+        "\nlazy_rows(adamom): bytes of its table and slots, and the step's temporaries"
+    )
+    for num_rows, tables, temporary in memory:
+        print(f"{num_rows:38}{tables:15}{temporary:15}")
+
+
+def batches(num_rows: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Batches without end: ids that follow Zipf's law over the table, and gradients."""
+    rng = np.random.default_rng(0)
+    scattered = rng.permutation(num_rows)  # else the frequent rows would be neighbours
+    ranks = np.exp(rng.uniform(0, np.log(num_rows), (32, BATCH))).astype(np.int64)
+    rows = rng.normal(size=(32, BATCH, DIM)).astype(np.float32)
+    return cycle(list(zip(scattered[ranks], rows, strict=True)))
+
+
+def interleave(
+    sides: dict[str, Side],
+    data: Iterator[tuple[np.ndarray, np.ndarray]],
+    blocks: int,
+    steps: int,
+) -> dict[str, list[float]]:
+    """Milliseconds of each side's steps, which take turns in blocks of some steps."""
+    times: dict[str, list[float]] = {title: [] for title in sides}
+    for block in range(blocks + 1):
+        for title, side in sides.items():
+            # Of each block the first step, and of all the first block, is a warm-up.
+            for step in range(steps + 1):
+                run = side(*next(data))
+                start = time.perf_counter()
+                run()
+                end = time.perf_counter()
+                if block > 0 and step > 0:
+                    times[title].append(1e3 * (end - start))
+    return times
+
+
+def wait_for(tree: Any) -> Any:
+    """The tree, once all of it is there."""
+    for leaf in jax.tree.leaves(tree):
+        leaf.block_until_ready()
+    return tree
+
+
+class Jitted:
+    """A step of an optax optimizer on a table of ones, jitted and donated."""
+
+    def __init__(self, num_rows: int, tx: optax.GradientTransformation) -> None:
+        """Makes the table, its slots and the step."""
+
+        def step(table: Any, state: Any, gradient: Any) -> tuple[Any, Any]:
+            updates, state = tx.update(gradient, state, table)
+            return optax.apply_updates(table, updates), state
+
+        table = jnp.ones((num_rows, DIM))
+        self.carry = table, jax.jit(tx.init)(table)
+        self.step = jax.jit(step, donate_argnums=(0, 1))
+
+    def run(self, gradient: Any) -> None:
+        """Steps and waits for it."""
+        self.carry = wait_for(self.step(*self.carry, gradient))
+
+
+class Lazy(Jitted):
+    """The step on the rows of the batch."""
+
+    def __call__(self, ids: np.ndarray, rows: np.ndarray) -> Callable[[], object]:
+        """The step on a batch."""
+        slices = wait_for(RowSlices(jnp.asarray(ids, jnp.int32), jnp.asarray(rows)))
+        return lambda: self.run(slices)
+
+    def memory(self) -> tuple[int, int, int]:
+        """The rows, the bytes of table and slots, and those of temporaries."""
+        slices = RowSlices(jnp.zeros(BATCH, jnp.int32), jnp.zeros((BATCH, DIM)))
+        program = self.step.lower(*self.carry, slices).compile()
+        tables = sum(leaf.nbytes for leaf in jax.tree.leaves(self.carry))
+        analysis: Any = program.memory_analysis()
+        return len(self.carry[0]), tables, analysis.temp_size_in_bytes
+
+
+class Dense(Jitted):
+    """The step on the whole table; its gradient is there before the step."""
+
+    def __call__(self, ids: np.ndarray, rows: np.ndarray) -> Callable[[], object]:
+        """The step on a batch."""
+        gradient = wait_for(jnp.zeros_like(self.carry[0]).at[ids].add(rows))
+        return lambda: self.run(gradient)
+
+
+def sparse_adam(num_rows: int) -> Side:
+    """PyTorch's lazy Adam."""
+    torch = importlib.import_module("torch")
+    torch.set_num_threads(2)
+    weight = torch.nn.Parameter(torch.ones(num_rows, DIM))
+    optimizer = torch.optim.SparseAdam([weight], lr=RATE)
+
+    def side(ids: np.ndarray, rows: np.ndarray) -> Callable[[], object]:
+        index = torch.from_numpy(ids)[None]
+        weight.grad = torch.sparse_coo_tensor(
+            index, torch.from_numpy(rows), weight.shape, check_invariants=False
+        )
+        run: Callable[[], object] = optimizer.step
+        return run
+
+    return side
+
+
+def fbgemm(num_rows: int) -> Side:
+    """FBGEMM's table on CPU with its exact Adagrad, and bags of one id each."""
+    torch = importlib.import_module("torch")
+    torch.set_num_threads(2)
+    package = "fbgemm_gpu.split_table_batched_embeddings_ops"
+    common = importlib.import_module(f"{package}_common")
+    training = importlib.import_module(f"{package}_training")
+    place = common.EmbeddingLocation.HOST, training.ComputeDevice.CPU
+    table = training.SplitTableBatchedEmbeddingBagsCodegen(
+        [(num_rows, DIM, *place)],
+        optimizer=training.OptimType.EXACT_ADAGRAD,
+        learning_rate=RATE,
+    )
+    offsets = torch.arange(BATCH + 1)
+
+    def side(ids: np.ndarray, rows: np.ndarray) -> Callable[[], object]:
+        output = table(torch.from_numpy(ids), offsets)
+        gradient = torch.from_numpy(rows)
+        return lambda: output.backward(gradient)
+
+    return side

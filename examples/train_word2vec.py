@@ -1,0 +1,296 @@
+"""Word vectors from Python's own documentation, with row-sparse steps.
+
+    python examples/train_word2vec.py
+
+trains skip-gram with negative sampling on text that every Python installation has:
+the docstrings of the standard library and the topics of `help()`. A mini-batch names
+a few words out of thousands, and a step touches the rows of these words alone, in the
+tables of the vectors and in the optimizer's slots. With `--dense`, the same loss is
+trained with dense gradients. At the end come the nearest neighbours of some words, a
+picture, and the speed of both ways.
+"""
+
+import argparse
+import ast
+import functools
+import itertools
+import re
+import sysconfig
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import matplotlib as mpl
+import numpy as np
+import optax
+from matplotlib import pyplot as plt
+from tqdm import tqdm
+
+import monolith_optax
+
+# Each optimizer with a peak learning rate that suits this problem.
+OPTIMIZERS: dict[str, tuple[Callable[..., optax.GradientTransformation], float]] = {
+    "adamom": (functools.partial(monolith_optax.adamom, mom_decay=0.9), 0.01),
+    "rmsprop": (functools.partial(monolith_optax.rmsprop, beta1=0.9), 0.002),
+    "rmsprop_v2": (
+        functools.partial(monolith_optax.rmsprop, beta1=0.9, use_v2=True),
+        0.02,
+    ),
+    "adam": (optax.adam, 0.01),
+}
+WAYS = ("row-sparse", "dense")
+NO_DOCUMENTATION = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
+MIN_COUNT = 3  # rarer words are left out
+MIN_COUNT_OF_NEIGHBOURS = 30  # vectors of rarer words say little
+FREQUENT = 1e-3  # words above this share of the text are thinned out
+WINDOW = 5  # words to each side
+NEGATIVES_PER_PAIR = 5
+NEGATIVES_PER_BATCH = 64  # drawn once for all pairs, each with a smaller weight
+QUERIES = ("file", "string", "thread", "list", "exception", "socket", "integer", "date")
+STEPS_BETWEEN_POINTS = 100
+TIMED_STEPS = 200
+
+Params = dict[str, jax.Array]
+Step = Callable[..., tuple[Params, optax.OptState, jax.Array]]
+
+
+class Corpus(NamedTuple):
+    """Texts as word ids. Id 0 is the most frequent word; `counts` has one per word."""
+
+    words: list[str]
+    counts: np.ndarray
+    texts: list[np.ndarray]
+
+
+class Batch(NamedTuple):
+    """Words, shape (batch,), and those around them, shape (batch, 2 * WINDOW).
+
+    Where there is no word, before the start and after the end of a text, is a -1.
+    """
+
+    centers: np.ndarray
+    contexts: np.ndarray
+
+
+def docstrings() -> Iterator[str]:
+    """All docstrings of the standard library's sources; nothing is imported."""
+    library = Path(sysconfig.get_path("stdlib"))
+    for path in sorted(library.rglob("*.py")):
+        if NO_DOCUMENTATION.isdisjoint(path.relative_to(library).parts):
+            for node in ast.walk(ast.parse(path.read_bytes())):
+                if isinstance(
+                    node,
+                    ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef,
+                ):
+                    yield ast.get_docstring(node) or ""
+
+
+def load_corpus(texts: Iterable[str]) -> Corpus:
+    """Splits texts into lower-case words and numbers them by frequency."""
+    split = [re.findall("[a-z]+", text.lower()) for text in texts]
+    counter = Counter(itertools.chain.from_iterable(split))
+    kept = [(w, n) for w, n in counter.most_common() if n >= MIN_COUNT and len(w) > 1]
+    words, counts = zip(*kept, strict=True)
+    ids = {word: i for i, word in enumerate(words)}
+    numbered = [np.array([ids[w] for w in text if w in ids], int) for text in split]
+    return Corpus(list(words), np.array(counts), numbered)
+
+
+def batches(corpus: Corpus, batch_size: int, seed: int) -> Iterator[Batch]:
+    """Shuffled mini-batches without end; every epoch thins the text out anew."""
+    rng = np.random.default_rng(seed)
+    excess = corpus.counts / corpus.counts.sum() / FREQUENT
+    keep = np.minimum(1, np.sqrt(1 / excess))
+    around = np.delete(np.arange(-WINDOW, WINDOW + 1), WINDOW)
+    gap = np.full(WINDOW, -1)
+    while True:
+        parts = [gap]
+        for text in corpus.texts:
+            parts += [text[rng.random(len(text)) < keep[text]], gap]
+        tokens = np.concatenate(parts).astype(np.int32)
+        places = rng.permutation(np.flatnonzero(tokens >= 0))
+        if len(places) < batch_size:
+            raise ValueError(f"A batch of {batch_size} is more than the whole text.")
+        for start in range(0, len(places) - batch_size + 1, batch_size):
+            chosen = places[start : start + batch_size]
+            yield Batch(tokens[chosen], tokens[chosen[:, None] + around])
+
+
+def loss_fn(params: Any, batch: Batch, negatives: jax.Array) -> jax.Array:
+    """The loss summed over all pairs; the tables may be stand-ins for lookups alone."""
+    centers = params["input"][batch.centers]
+    contexts = params["output"][batch.contexts]
+    is_pair = batch.contexts >= 0
+    positive = jax.nn.softplus(-jnp.einsum("bd,bcd->bc", centers, contexts))
+    negative = jax.nn.softplus(centers @ params["output"][negatives].T).mean(1)
+    per_pair = positive + NEGATIVES_PER_PAIR * negative[:, None]
+    return jnp.sum(jnp.where(is_pair, per_pair, 0))
+
+
+def init_params(num_words: int, dim: int, seed: int) -> Params:
+    """Small random vectors for words in the middle, zeros for those around them."""
+    shape = (num_words, dim)
+    vectors = jax.random.uniform(jax.random.key(seed), shape, minval=-0.5, maxval=0.5)
+    return {"input": vectors / dim, "output": jnp.zeros(shape)}
+
+
+def make_step(tx: optax.GradientTransformation, way: str, corpus: Corpus) -> Step:
+    """A jitted training step that returns params, state and the loss of a pair."""
+    shares = np.cumsum(corpus.counts**0.75)
+    cumulative = jnp.asarray(shares / shares[-1], jnp.float32)
+    if way == "dense":
+        value_and_grad = jax.value_and_grad(loss_fn)
+    else:
+        tables = {"input": True, "output": True}
+        value_and_grad = monolith_optax.value_and_row_grad(loss_fn, tables)
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step(
+        params: Params, state: optax.OptState, batch: Batch, key: jax.Array
+    ) -> tuple[Any, Any, jax.Array]:
+        uniform = jax.random.uniform(key, (NEGATIVES_PER_BATCH,))
+        negatives = jnp.searchsorted(cumulative, uniform, side="right")
+        loss, gradients = value_and_grad(params, batch, negatives)
+        updates, state = tx.update(gradients, state, params)
+        params = optax.apply_updates(params, updates)
+        return params, state, loss / jnp.sum(batch.contexts >= 0)
+
+    return step
+
+
+def train(
+    step: Step, params: Params, state: Any, stream: Iterator[Batch], keys: jax.Array
+) -> tuple[Params, list[tuple[int, float]]]:
+    """Returns the trained parameters and the loss curve as (step, loss) pairs."""
+    curve, losses = [], []
+    with tqdm(desc="training", unit=" words", unit_scale=True) as progress:
+        for number, (key, batch) in enumerate(zip(keys, stream, strict=False), start=1):
+            if number == 1:
+                progress.reset(len(keys) * len(batch.centers))
+            params, state, loss = step(params, state, batch, key)
+            losses.append(loss)
+            if number % STEPS_BETWEEN_POINTS == 0 or number == len(keys):
+                curve.append((number, float(np.mean(jax.device_get(losses)))))
+                progress.set_postfix(loss=f"{curve[-1][1]:.3f}", refresh=False)
+                progress.update(len(losses) * len(batch.centers))
+                losses = []
+    return params, curve
+
+
+def words_per_second(
+    step: Step, params: Params, state: Any, stream: Iterator[Batch]
+) -> float:
+    """The speed of a step that is compiled already, a median."""
+    key = jax.random.key(0)
+    seconds = []
+    for batch in itertools.islice(stream, TIMED_STEPS + 1):
+        start = time.perf_counter()
+        params, state, loss = step(params, state, batch, key)
+        loss.block_until_ready()
+        seconds.append(time.perf_counter() - start)
+    return float(len(batch.centers) / np.median(seconds[1:]))
+
+
+def neighbours(
+    vectors: np.ndarray, corpus: Corpus, count: int = 6
+) -> dict[str, list[str]]:
+    """For each query, the words whose vectors point most nearly the same way."""
+    result = {}
+    common = vectors[corpus.counts >= MIN_COUNT_OF_NEIGHBOURS]  # the first words
+    for query in filter(corpus.words.__contains__, QUERIES):
+        similarity = common @ vectors[corpus.words.index(query)]
+        nearest = [corpus.words[i] for i in np.argsort(-similarity)]
+        result[query] = [word for word in nearest if word != query][:count]
+    return result
+
+
+def plot(
+    curve: list[tuple[int, float]],
+    vectors: np.ndarray,
+    corpus: Corpus,
+    groups: dict[str, list[str]],
+    path: str,
+) -> None:
+    """Draws the loss, and the first two principal components of some words."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 6), layout="constrained")
+    left.plot(*np.transpose(curve))
+    left.set(xlabel="step", ylabel="loss of a pair", title="Skip-gram on Python's docs")
+    shown = [[query, *nearest] for query, nearest in groups.items()]
+    places = [corpus.words.index(word) for group in shown for word in group]
+    cloud = vectors[places] - vectors[places].mean(0)
+    _, _, axes = np.linalg.svd(cloud, full_matrices=False)
+    points = iter(cloud @ axes[:2].T)
+    for number, group in enumerate(shown):
+        for word, (x, y) in zip(group, points, strict=False):
+            weight = "bold" if word == group[0] else "normal"
+            right.plot(x, y, ".", color=f"C{number}")
+            right.annotate(word, (x, y), color=f"C{number}", weight=weight, size=9)
+    right.set(title="Words and their neighbours, principal components")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def main() -> None:
+    """Trains, prints neighbours and speeds and saves the picture."""
+    mpl.use("Agg")  # pictures go to files, with or without a screen
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--optimizer", choices=OPTIMIZERS, default="adamom")
+    parser.add_argument("--dense", action="store_true", help="dense gradients")
+    parser.add_argument("--dim", type=int, default=64, help="length of a vector")
+    parser.add_argument("--steps", type=int, default=10000)
+    parser.add_argument("--batch-size", type=int, default=128, help="words in a step")
+    parser.add_argument("--learning-rate", type=float, help="peak of a linear decay")
+    parser.add_argument("--seed", type=int, default=0, help="vectors and mini-batches")
+    parser.add_argument("--quick", action="store_true", help="200 steps, little text")
+    parser.add_argument("--plot", metavar="PATH", default="train_word2vec.png")
+    args = parser.parse_args()
+    for option in ("dim", "steps", "batch_size"):
+        if getattr(args, option) < 1:
+            flag = option.replace("_", "-")
+            parser.error(f"--{flag} must be at least 1, not {getattr(args, option)}")
+
+    texts = topics.values() if args.quick else [*docstrings(), *topics.values()]
+    corpus = load_corpus(texts)
+    num_words = len(corpus.words)
+    print(f"{corpus.counts.sum()} words of text, {num_words} different ones.")
+    make, default_rate = OPTIMIZERS[args.optimizer]
+    peak = default_rate if args.learning_rate is None else args.learning_rate
+    num_steps = min(args.steps, 200) if args.quick else args.steps
+    tx = make(optax.linear_schedule(peak, 0.0, num_steps))
+    steps = {
+        "row-sparse": make_step(monolith_optax.lazy_rows(tx), "row-sparse", corpus),
+        "dense": make_step(tx, "dense", corpus),
+    }
+    way, other = reversed(WAYS) if args.dense else WAYS
+
+    stream = batches(corpus, args.batch_size, args.seed)
+    params = init_params(num_words, args.dim, args.seed)
+    keys = jax.random.split(jax.random.key(args.seed), num_steps)
+    params, curve = train(steps[way], params, tx.init(params), stream, keys)
+
+    vectors = np.asarray(params["input"])
+    vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    groups = neighbours(vectors, corpus)
+    print("\nNearest neighbours:")
+    for query, nearest in groups.items():
+        print(f"{query:>10}: {', '.join(nearest)}")
+    plot(curve, vectors, corpus, groups, args.plot)
+    print(f"\nSaved the loss curve and a map of words as {args.plot}.")
+
+    speeds = {}
+    for name in (way, other):
+        params = init_params(num_words, args.dim, args.seed)
+        speeds[name] = words_per_second(steps[name], params, tx.init(params), stream)
+    print(f"\nMedian speed of {TIMED_STEPS} steps on tables of {num_words} rows:")
+    for name, speed in speeds.items():
+        print(f"{name:>10}: {speed:10,.0f} words a second")
+    print(f"Row-sparse is {speeds['row-sparse'] / speeds['dense']:.2f} times as fast.")
+
+
+if __name__ == "__main__":
+    main()
