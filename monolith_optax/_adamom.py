@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from monolith_optax import _slots
+from monolith_optax import _checks, _slots
 
 
 class AdamomState(NamedTuple):
@@ -35,7 +35,7 @@ def adamom(
     weight_decay: ArrayLike = 0.0,
     *,
     use_v2: bool = False,
-    weight_decay_mask: _slots.Mask = None,
+    weight_decay_mask: _checks.Mask = None,
     slot_dtype: DTypeLike | None = None,
     compact_c: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
@@ -105,16 +105,16 @@ def adamom(
       Embedding Table <https://arxiv.org/abs/2209.07663>`_, 2022, and the kernel
       `ResourceApplyAdamom` of `Monolith <https://github.com/bytedance/monolith>`_.
     """
-    _slots.check_learning_rate(learning_rate)
-    _slots.check_hyperparameter("ada_decay", ada_decay, high=1)
-    _slots.check_hyperparameter("mom_decay", mom_decay, high=1)
-    _slots.check_hyperparameter("epsilon", epsilon)
-    _slots.check_hyperparameter("weight_decay", weight_decay)
-    _slots.check_weight_decay_mask(weight_decay_mask)
-    _slots.check_slot_dtype(slot_dtype)
+    _checks.check_learning_rate(learning_rate)
+    _checks.check_hyperparameter("ada_decay", ada_decay, high=1)
+    _checks.check_hyperparameter("mom_decay", mom_decay, high=1)
+    _checks.check_hyperparameter("epsilon", epsilon)
+    _checks.check_hyperparameter("weight_decay", weight_decay)
+    _checks.check_weight_decay_mask(weight_decay_mask)
+    _checks.check_slot_dtype(slot_dtype)
 
     def init(params: optax.Params) -> AdamomState:
-        _slots.check_params(params)
+        _checks.check_params(params)
         m = _slots.zeros(params, slot_dtype)
         v = _slots.zeros(params, slot_dtype)
         c = _slots.shared_zero(m) if compact_c else _slots.zeros(params, slot_dtype)

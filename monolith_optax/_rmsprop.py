@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from monolith_optax import _slots
+from monolith_optax import _checks, _slots
 
 
 class RmspropState(NamedTuple):
@@ -34,7 +34,7 @@ def rmsprop(
     weight_decay: ArrayLike = 0.0,
     use_v2: bool = False,
     *,
-    weight_decay_mask: _slots.Mask = None,
+    weight_decay_mask: _checks.Mask = None,
     slot_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Monolith's RMSprop optimizer.
@@ -111,16 +111,16 @@ def rmsprop(
       and the kernel `ResourceApplyRmsprop` of `Monolith
       <https://github.com/bytedance/monolith>`_.
     """
-    _slots.check_learning_rate(learning_rate)
-    _slots.check_hyperparameter("beta1", beta1, high=1)
-    _slots.check_hyperparameter("beta2", beta2, high=1)
-    _slots.check_hyperparameter("epsilon", epsilon)
-    _slots.check_hyperparameter("weight_decay", weight_decay)
-    _slots.check_weight_decay_mask(weight_decay_mask)
-    _slots.check_slot_dtype(slot_dtype)
+    _checks.check_learning_rate(learning_rate)
+    _checks.check_hyperparameter("beta1", beta1, high=1)
+    _checks.check_hyperparameter("beta2", beta2, high=1)
+    _checks.check_hyperparameter("epsilon", epsilon)
+    _checks.check_hyperparameter("weight_decay", weight_decay)
+    _checks.check_weight_decay_mask(weight_decay_mask)
+    _checks.check_slot_dtype(slot_dtype)
 
     def init(params: optax.Params) -> RmspropState:
-        _slots.check_params(params)
+        _checks.check_params(params)
         m = _slots.zeros(params, slot_dtype)
         v = _slots.zeros(params, slot_dtype)
         return RmspropState(jnp.zeros([], jnp.int32), m, v)

@@ -11,20 +11,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from monolith_optax.net._checker import (
-    NodeReport,
-    NodesDownError,
-    Transition,
-    check_nodes,
-    wait_for_nodes,
-    watch_nodes,
-)
+from monolith_optax.net._check import check_nodes
 from monolith_optax.net._cluster import (
     coordinator_addresses,
     read_addresses,
     tf_config_addresses,
 )
 from monolith_optax.net._probe import NodeStatus
+from monolith_optax.net._report import NodeReport, NodesDownError, Transition
+from monolith_optax.net._watch import wait_for_nodes, watch_nodes
 
 ALL_UP, SOME_DOWN, BAD_USAGE, FAILED, INTERRUPTED = 0, 1, 2, 3, 130
 

@@ -1,0 +1,171 @@
+"""Many probes again and again: until all nodes are up, or as long as one watches."""
+
+import asyncio
+import random
+from collections.abc import AsyncGenerator, Callable, Collection, Iterable
+from typing import Any
+
+from monolith_optax.net._check import (
+    check_bound,
+    check_positive,
+    connecting,
+    distinct,
+    probe_all,
+)
+from monolith_optax.net._probe import Connector, NodeStatus, Reason
+from monolith_optax.net._report import NodeReport, NodesDownError, Transition
+
+# Seconds between rounds of wait_for_nodes, doubling from the first to the last.
+FIRST_PAUSE, LAST_PAUSE = 0.1, 5.0
+# With less than so many seconds left, wait_for_nodes begins no other round.
+LEAST_ROUND = 0.05
+
+
+async def wait_for_nodes(
+    addrs: Iterable[Any],
+    *,
+    deadline: float,
+    timeout: float = 1.0,
+    max_concurrency: int | None = None,
+    on_progress: Callable[[NodeReport], None] | None = None,
+    connector: Connector | None = None,
+) -> NodeReport:
+    """Probes nodes again and again, with growing pauses, until all of them are up.
+
+    A node that was up once is not probed again.
+
+    Args:
+      addrs: the addresses, see `parse_address`.
+      deadline: seconds after which to give up.
+      timeout: seconds that each probe may take; name lookup counts.
+      max_concurrency: how many probes may run at a time. None: as many as the limit of
+        open files allows.
+      on_progress: called with a report on all nodes after every round.
+      connector: a stand-in for `TcpConnector`.
+
+    Returns:
+      A `NodeReport` in which all nodes are alive.
+
+    Raises:
+      NodesDownError: the deadline passed, or the nodes that are still down can never
+        come up because their addresses are malformed. It has the last report.
+      TypeError: addrs is a string or not iterable.
+      ValueError: deadline, timeout or max_concurrency is not positive.
+
+    Example:
+      >>> import asyncio
+      >>> asyncio.run(wait_for_nodes([], deadline=60.0)).all_alive
+      True
+    """
+    addresses = distinct(addrs)
+    check_positive(deadline=deadline, timeout=timeout)
+    check_bound("max_concurrency", max_concurrency)
+    clock = asyncio.get_running_loop().time
+    end = clock() + deadline
+    latest: dict[Any, NodeStatus] = {}
+    pending: Collection[Any] = addresses
+    async with connecting(connector) as connect:
+        pause = FIRST_PAUSE
+        while True:
+            report = await probe_all(pending, timeout, max_concurrency, connect, end)
+            for status in report.results:
+                # A probe that the deadline cut short says less than the one before.
+                cut_short = status.reason is Reason.TIMEOUT and clock() >= end
+                if not (cut_short and status.address in latest):
+                    latest[status.address] = status
+            report = NodeReport(tuple(latest[address] for address in addresses))
+            if on_progress is not None:
+                on_progress(report)
+            if report.all_alive:
+                return report
+            pending = [
+                status.address
+                for status in report.results
+                if not status.alive and status.reason is not Reason.INVALID_ADDRESS
+            ]
+            remaining = end - clock()
+            if not pending or remaining <= LEAST_ROUND:
+                raise NodesDownError(report)
+            # Half of what remains leaves room for one more probe before the deadline.
+            jitter = random.uniform(0.5, 1.0)
+            await asyncio.sleep(min(pause * jitter, remaining / 2))
+            pause = min(2 * pause, LAST_PAUSE)
+
+
+def watch_nodes(
+    addrs: Iterable[Any],
+    *,
+    interval: float,
+    failure_threshold: int = 3,
+    success_threshold: int = 1,
+    timeout: float = 1.0,
+    max_concurrency: int | None = None,
+    connector: Connector | None = None,
+) -> AsyncGenerator[Transition, None]:
+    """Watches nodes and tells when one goes up or down.
+
+    Every node is probed once in each interval, or as often as the slowest probe of a
+    round allows. The first verdict on a node counts as a transition. Trouble on this
+    machine is logged and counts neither for nor against a node.
+
+    Args:
+      addrs: the addresses, see `parse_address`.
+      interval: seconds from one round of probes to the next.
+      failure_threshold: how many probes in a row must fail before a node is down.
+      success_threshold: how many probes in a row must succeed before a node is up.
+      timeout: seconds that each probe may take; name lookup counts.
+      max_concurrency: how many probes may run at a time. None: as many as the limit of
+        open files allows.
+      connector: a stand-in for `TcpConnector`.
+
+    Returns:
+      An asynchronous generator of `Transition`. Nothing runs while it is not awaited;
+      `aclose()` or cancellation ends it.
+
+    Raises:
+      TypeError: addrs is a string or not iterable.
+      ValueError: a number is not positive, or a threshold is below 1.
+
+    Example:
+      >>> import asyncio
+      >>> async def first_transition():
+      ...     async for transition in watch_nodes(
+      ...         ["no port"], interval=0.01, failure_threshold=2
+      ...     ):
+      ...         return transition.address, transition.alive
+      >>> asyncio.run(first_transition())
+      ('no port', False)
+    """
+    addresses = distinct(addrs)
+    check_positive(interval=interval, timeout=timeout)
+    check_bound("max_concurrency", max_concurrency)
+    thresholds = {True: success_threshold, False: failure_threshold}
+    if min(thresholds.values()) < 1:
+        raise ValueError(
+            "failure_threshold and success_threshold must be at least 1, but they are "
+            f"{failure_threshold} and {success_threshold}."
+        )
+
+    async def watch() -> AsyncGenerator[Transition, None]:
+        clock = asyncio.get_running_loop().time
+        known: dict[Any, bool] = {}
+        streaks: dict[Any, tuple[bool, int]] = {}
+        async with connecting(connector) as connect:
+            while True:
+                start = clock()
+                report = await probe_all(addresses, timeout, max_concurrency, connect)
+                for status in report.results:
+                    if status.reason is Reason.LOCAL_FAULT:
+                        continue
+                    alive, length = streaks.get(status.address, (status.alive, 0))
+                    length = length + 1 if alive == status.alive else 1
+                    streaks[status.address] = status.alive, length
+                    if (
+                        known.get(status.address) != status.alive
+                        and length >= thresholds[status.alive]
+                    ):
+                        known[status.address] = status.alive
+                        yield Transition(status.address, status.alive, status)
+                await asyncio.sleep(max(0.0, start + interval - clock()))
+
+    return watch()
