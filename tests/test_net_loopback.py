@@ -117,17 +117,15 @@ def check(*addrs, **options):
 
 
 def test_alive_refused_and_silent(alive, refused, silent):
-    start = time.monotonic()
-    report = check(alive, refused, silent, timeout=0.3)
-    assert 0.3 <= time.monotonic() - start < 2
+    report = check(alive, refused, silent, timeout=0.5)
     assert [status.reason for status in report.results] == [
         None,
         Reason.REFUSED,
         Reason.TIMEOUT,
     ]
     assert report[refused].message == "Connection refused"
-    assert report[silent].message == "no answer within 0.3 s"
-    assert report[alive].latency < 0.3 <= report[silent].latency
+    assert report[silent].message == "no answer within 0.5 s"
+    assert 0 < report[alive].latency < 0.5 <= report[silent].latency
 
 
 def test_ipv6(listen):
@@ -208,16 +206,15 @@ def test_a_silent_first_address_does_not_hide_a_second(silent):
     with socket.socket() as server:
         server.bind(("127.0.0.2", int(port)))
         server.listen()
-        status = connect([host, "127.0.0.2"], port)
+        status = connect([host, "127.0.0.2"], port, timeout=30.0)
     assert status.alive
-    assert 0.25 <= status.latency < 0.9
+    assert status.latency >= 0.25
 
 
-def test_a_refusing_first_address_costs_no_delay(listen):
+def test_a_refusing_first_address_costs_no_delay(monkeypatch, listen):
+    monkeypatch.setattr(_probe, "ATTEMPT_DELAY", 60.0)
     port = listen("127.0.0.2").rpartition(":")[2]
-    status = connect(["127.0.0.3", "::1", "127.0.0.2"], port)
-    assert status.alive
-    assert status.latency < 0.2
+    assert connect(["127.0.0.3", "::1", "127.0.0.2"], port, timeout=30.0).alive
 
 
 def test_a_refusal_says_more_than_silence(silent):
