@@ -13,7 +13,6 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self, TypeAlias
 
 SocketAddress: TypeAlias = tuple[socket.AddressFamily, tuple[Any, ...]]
@@ -48,12 +47,7 @@ class NameLookup(asyncio.Protocol):
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *exc_info: object) -> None:
         self._end_process()
         if self._transport is not None:
             self._transport.abort()
@@ -91,10 +85,10 @@ class NameLookup(asyncio.Protocol):
 
     async def _start(self) -> None:
         self._end_process()  # one that ended by itself is still to be waited for
-        loop = asyncio.get_running_loop()
-        up = self._answers[""] = loop.create_future()
         if not sys.executable:
             raise FileNotFoundError(errno.ENOENT, "there is no Python to look up names")
+        loop = asyncio.get_running_loop()
+        up = self._answers[""] = loop.create_future()
         ours, theirs = socket.socketpair()
         with theirs:
             try:

@@ -10,7 +10,6 @@ import socket
 import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any, Protocol, Self
 
 from monolith_optax.net._address import parse_address
@@ -78,13 +77,8 @@ class TcpConnector:
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        await self._own_lookup.__aexit__(exc_type, exc, traceback)
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self._own_lookup.__aexit__(*exc_info)
 
     async def prepare(self) -> None:
         """Starts what looks up names, so that its start counts in no timeout."""
