@@ -1,12 +1,13 @@
 """The step on the rows of a batch beside the peers' and the dense one.
 
 Every step is timed until its results are there, the sides take turns in one process,
-and the gradient of the batch is ready before the clock starts. For ours the time is
-that of summing duplicates, of the optimizer and of `optax.apply_updates`, jitted and
-donated. For PyTorch's SparseAdam it is that of `optimizer.step()` with the gradient of
-an `Embedding(sparse=True)`: a sparse tensor that is not yet coalesced. For FBGEMM it
-is that of `backward()`, in which its optimizer steps, after a forward pass that has
-already read the rows of the batch. Two threads each.
+and the gradients of the looked-up rows are ready before the clock starts. For ours the
+time is that of summing duplicates, of the optimizer and of `optax.apply_updates`,
+jitted and donated; a dense step sums into a table of zeros, as JAX's own gradient does,
+and walks over all of it. For PyTorch's SparseAdam it is that of `optimizer.step()` with
+the gradient of an `Embedding(sparse=True)`: a sparse tensor that is not yet coalesced.
+For FBGEMM it is that of `backward()`, in which its optimizer steps, after a forward
+pass that has already read the rows of the batch. Two threads each.
 """
 
 import importlib
@@ -42,10 +43,10 @@ def main(*, quick: bool) -> None:
     print(f"{'':29}{'rows':>9}{'median':>9}{'min':>9}{'max':>9}{'x ours':>8}")
     memory = []
     for num_rows in [10_000] if quick else [100_000, 1_000_000, 20_000_000]:
-        ours = Lazy(num_rows, lazy_rows(adamom(RATE)))
+        ours = Ours(num_rows, lazy_rows(adamom(RATE)))
         sides: dict[str, Side] = {
             "lazy_rows(adamom)": ours,
-            "lazy_rows(optax.adam)": Lazy(num_rows, lazy_rows(optax.adam(RATE))),
+            "lazy_rows(optax.adam)": Ours(num_rows, lazy_rows(optax.adam(RATE))),
         }
         for title, peer in {"SparseAdam": sparse_adam, "FBGEMM": fbgemm}.items():
             try:
@@ -53,8 +54,8 @@ def main(*, quick: bool) -> None:
             except ImportError as error:
                 print(f"{title:29}{num_rows:9} is missing: {error}")
         if num_rows <= 1_000_000:
-            sides["optax.adam, dense"] = Dense(num_rows, optax.adam(RATE))
-            sides["adamom, dense"] = Dense(num_rows, adamom(RATE))
+            sides["optax.adam, dense"] = Ours(num_rows, optax.adam(RATE), dense=True)
+            sides["adamom, dense"] = Ours(num_rows, adamom(RATE), dense=True)
         times = interleave(sides, batches(num_rows), blocks, steps)
         for title, ms in times.items():
             median = statistics.median(ms)
@@ -106,13 +107,16 @@ def wait_for(tree: Any) -> Any:
     return tree
 
 
-class Jitted:
+class Ours:
     """A step of an optax optimizer on a table of ones, jitted and donated."""
 
-    def __init__(self, num_rows: int, tx: optax.GradientTransformation) -> None:
+    def __init__(
+        self, num_rows: int, tx: optax.GradientTransformation, *, dense: bool = False
+    ) -> None:
         """Makes the table, its slots and the step."""
 
-        def step(table: Any, state: Any, gradient: Any) -> tuple[Any, Any]:
+        def step(table: Any, state: Any, slices: Any) -> tuple[Any, Any]:
+            gradient = slices.to_dense(num_rows) if dense else slices
             updates, state = tx.update(gradient, state, table)
             return optax.apply_updates(table, updates), state
 
@@ -120,18 +124,14 @@ class Jitted:
         self.carry = table, jax.jit(tx.init)(table)
         self.step = jax.jit(step, donate_argnums=(0, 1))
 
-    def run(self, gradient: Any) -> None:
-        """Steps and waits for it."""
-        self.carry = wait_for(self.step(*self.carry, gradient))
-
-
-class Lazy(Jitted):
-    """The step on the rows of the batch."""
-
     def __call__(self, ids: np.ndarray, rows: np.ndarray) -> Callable[[], object]:
-        """The step on a batch."""
+        """The step on a batch, which waits for the result."""
         slices = wait_for(RowSlices(jnp.asarray(ids, jnp.int32), jnp.asarray(rows)))
-        return lambda: self.run(slices)
+
+        def run() -> None:
+            self.carry = wait_for(self.step(*self.carry, slices))
+
+        return run
 
     def memory(self) -> tuple[int, int, int]:
         """The rows, the bytes of table and slots, and those of temporaries."""
@@ -140,15 +140,6 @@ class Lazy(Jitted):
         tables = sum(leaf.nbytes for leaf in jax.tree.leaves(self.carry))
         analysis: Any = program.memory_analysis()
         return len(self.carry[0]), tables, analysis.temp_size_in_bytes
-
-
-class Dense(Jitted):
-    """The step on the whole table; its gradient is there before the step."""
-
-    def __call__(self, ids: np.ndarray, rows: np.ndarray) -> Callable[[], object]:
-        """The step on a batch."""
-        gradient = wait_for(jnp.zeros_like(self.carry[0]).at[ids].add(rows))
-        return lambda: self.run(gradient)
 
 
 def sparse_adam(num_rows: int) -> Side:

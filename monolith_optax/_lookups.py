@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from monolith_optax._rows import RowSlices, beyond_not_below
+from monolith_optax._rows import RowSlices, beyond_not_below, rows_sharding
 
 
 def value_and_row_grad(
@@ -112,7 +112,9 @@ class _Table:
             )
         self.ids.append(ids)
         places = beyond_not_below(ids, len(self.table))
-        rows = self.table.at[places].get(mode="fill", fill_value=0)
+        rows = self.table.at[places].get(
+            mode="fill", fill_value=0, out_sharding=rows_sharding(self.table, ids)
+        )
         if self.zeros is not None:
             rows = jnp.add(rows, self.zeros[len(self.ids) - 1])
         return rows

@@ -5,6 +5,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
 
@@ -72,8 +74,12 @@ class RowSlices:
                 f"Rows of shape {self.row_shape} cannot be added to a table of shape "
                 f"{table.shape}."
             )
-        ids = beyond_not_below(self.ids, len(table))
-        return table.at[ids].add(self.rows.astype(table.dtype), mode="drop")
+        ids = beyond_not_below(replicated(self.ids), len(table))
+        return table.at[ids].add(
+            replicated(self.rows).astype(table.dtype),
+            mode="drop",
+            out_sharding=explicit_sharding(table),
+        )
 
     __add__ = __radd__
 
@@ -102,8 +108,10 @@ class RowSlices:
             )
         [row_shape] = row_shapes
         return RowSlices(
-            jnp.concatenate([part.ids.reshape(-1) for part in slices]),
-            jnp.concatenate([part.rows.reshape(-1, *row_shape) for part in slices]),
+            jnp.concatenate([replicated(part.ids).reshape(-1) for part in slices]),
+            jnp.concatenate(
+                [replicated(part.rows).reshape(-1, *row_shape) for part in slices]
+            ),
         )
 
     def tree_flatten_with_keys(self) -> tuple[Any, None]:
@@ -119,6 +127,36 @@ class RowSlices:
         return self
 
 
+def explicit_sharding(array: ArrayLike) -> NamedSharding | None:
+    """The sharding that an array's type has on a mesh with explicit axes."""
+    sharding = jax.typeof(array).sharding
+    return sharding if AxisType.Explicit in sharding.mesh.axis_types else None
+
+
+def replicated(array: ArrayLike) -> jax.Array:
+    """The array, on all devices if its sharding is explicit.
+
+    Every device needs the whole batch, as its rows of a table may be anywhere in it.
+    """
+    sharding = explicit_sharding(array)
+    if sharding is None:
+        return jnp.asarray(array)
+    everywhere = NamedSharding(sharding.mesh, PartitionSpec())
+    copy: jax.Array = jax.sharding.reshard(array, everywhere)
+    return copy
+
+
+def rows_sharding(table: ArrayLike, ids: ArrayLike) -> NamedSharding | None:
+    """Where looked-up rows go if shardings are explicit: split as ids and columns."""
+    sharding = explicit_sharding(table)
+    if sharding is None:
+        return None
+    batch, columns = jax.typeof(ids).sharding.spec, sharding.spec[1:]
+    if set(jax.tree.leaves(tuple(batch))) & set(jax.tree.leaves(tuple(columns))):
+        columns = ()
+    return NamedSharding(sharding.mesh, PartitionSpec(*batch, *columns))
+
+
 def beyond_not_below(ids: ArrayLike, num_rows: int) -> jax.Array:
     """Ids with those below zero, which would wrap around, moved beyond the table."""
     ids = wide_ids(ids)
@@ -132,21 +170,44 @@ def wide_ids(ids: ArrayLike) -> jax.Array:
 
 
 def sum_duplicates(slices: RowSlices, num_rows: int) -> RowSlices:
-    """The same sum with ascending ids, each of them once, in one dimension.
+    """The same sum with each id once, in one dimension.
 
-    There are as many ids as before. Those left over at the end are padding: they lie
-    beyond the table, one after the other, with rows of zeros.
+    There are as many ids as before. The places of padding, and of all but one of the
+    occurrences of an id, hold distinct ids beyond the table and rows of zeros.
     """
-    ids = wide_ids(slices.ids).reshape(-1)
-    rows = jnp.asarray(slices.rows).reshape(-1, *slices.row_shape)
-    valid = (ids >= 0) & (ids < num_rows)
-    beyond = num_rows + jnp.arange(len(ids), dtype=ids.dtype)
-    # Sorting the ids alone, and finding each one's place afterwards, is several times
-    # faster on CPU than sorting them together with their places.
-    ascending = jnp.sort(jnp.where(valid, ids, num_rows))
-    first = jnp.append(True, ascending[1:] != ascending[:-1]) & (ascending < num_rows)
-    unique = beyond.at[jnp.where(first, jnp.cumsum(first) - 1, len(ids))].set(
-        ascending, mode="drop"
+    ids = wide_ids(replicated(slices.ids)).reshape(-1)
+    rows = replicated(slices.rows).reshape(-1, *slices.row_shape)
+    here = jnp.arange(len(ids), dtype=ids.dtype)
+    places = _one_place_each(ids, (ids >= 0) & (ids < num_rows))
+    return RowSlices(
+        jnp.where(places == here, ids, num_rows + here),
+        jnp.zeros_like(rows).at[places].add(rows, mode="drop"),
     )
-    places = jnp.where(valid, jnp.searchsorted(unique, ids), len(ids))
-    return RowSlices(unique, jnp.zeros_like(rows).at[places].add(rows, mode="drop"))
+
+
+def _one_place_each(ids: jax.Array, valid: jax.Array) -> jax.Array:
+    """A place of each id that all of its occurrences agree on; beyond if not valid.
+
+    In each round an id hashes to a slot and the last place that claims a slot wins it,
+    for all occurrences of its id. The ids that lost go on with another hash function.
+    Two rounds are the rule, and on CPU they take a fifth of the time of sorting.
+    """
+    here = jnp.arange(len(ids), dtype=ids.dtype)
+    bits = (8 * len(ids)).bit_length()
+
+    def compete(carry: Any) -> Any:
+        factor, places, undecided = carry
+        hashes = (ids.astype(jnp.uint32) * factor) >> np.uint32(32 - bits)
+        slots = hashes.astype(jnp.int32)
+        claimed = jnp.where(undecided, slots, 1 << bits)
+        last = jnp.zeros(1 << bits, ids.dtype).at[claimed].max(here, mode="drop")
+        winners = last[slots]
+        won = undecided & (ids[winners] == ids)
+        return factor * _GOLDEN, jnp.where(won, winners, places), undecided & ~won
+
+    start = jnp.uint32(_GOLDEN), jnp.full_like(ids, len(ids)), valid
+    return jax.lax.while_loop(lambda carry: carry[2].any(), compete, start)[1]
+
+
+# 2**32 divided by the golden ratio: its odd multiples hash neighbours far apart.
+_GOLDEN = np.uint32(2654435769)

@@ -8,9 +8,11 @@ import numpy as np
 import optax
 from jax.tree_util import keystr
 
+from monolith_optax._rows import explicit_sharding, rows_sharding
+
 
 class Places:
-    """Where a step looks in a table: at these distinct, ascending ids."""
+    """Where a step looks in a table: at these distinct ids, some of them beyond it."""
 
     def __init__(self, ids: jax.Array) -> None:
         self.ids = ids
@@ -87,13 +89,17 @@ def _is_accumulator(node: Any) -> bool:
 
 
 def gather(place: Any, table: jax.Array) -> jax.Array:
-    """The rows at some places, zeros beyond the table; or all of an array."""
+    """The rows at some places, any row for those beyond; or all of an array."""
     if place is ALL:
         return table
     return (
         jnp.asarray(table)
         .at[place.ids]
-        .get(mode="fill", fill_value=0, unique_indices=True, indices_are_sorted=True)
+        .get(
+            mode="clip",
+            unique_indices=True,
+            out_sharding=rows_sharding(table, place.ids),
+        )
     )
 
 
@@ -104,7 +110,12 @@ def scatter(place: Any, table: jax.Array, rows: jax.Array) -> jax.Array:
     return (
         jnp.asarray(table)
         .at[place.ids]
-        .set(rows, mode="drop", unique_indices=True, indices_are_sorted=True)
+        .set(
+            rows,
+            mode="drop",
+            unique_indices=True,
+            out_sharding=explicit_sharding(table),
+        )
     )
 
 
@@ -116,7 +127,7 @@ def check_rowwise(
 ) -> None:
     """Refuses an optimizer whose step on some rows depends on others.
 
-    It is tried out on small tables of random numbers: a step in which a few rows have
+    It is tried out on small tables of random numbers: steps in which a few rows have
     gradients, taken as a whole and on these rows alone. Norms of the gradients are the
     same in both, norms of parameters or of slots are not.
     """
@@ -159,31 +170,31 @@ def _step_both_ways(
     def touch(place: Any, gradient: jax.Array) -> jax.Array:
         return scatter(place, jnp.zeros_like(gradient), gather(place, gradient))
 
-    def warm_up(_: Any, carry: tuple[Any, Any]) -> tuple[Any, Any]:
-        params, state = carry
-        updates, state = inner.update(gradients, state, params, **extra_args)
-        return optax.apply_updates(params, updates), state
-
     params = jax.tree.map(sample, places, params)
     gradients = jax.tree.map(sample, places, params)
-    # Long enough that what an optimizer estimates on the way is no longer at its start.
-    params, state = jax.lax.fori_loop(0, 30, warm_up, (params, inner.init(params)))
-    gradients = jax.tree.map(touch, places, gradients)
-    updates, new_state = inner.update(gradients, state, params, **extra_args)
-    few, few_state, state_places = update_rows(
-        inner,
-        jax.tree.map(gather, places, gradients),
-        state,
-        params,
-        places,
-        extra_args,
-    )
-    whole = {
-        "update": jax.tree.map(gather, places, updates),
-        "state": jax.tree.map(gather, state_places, new_state),
-    }
-    alone = {"update": few, "state": few_state}
-    return jax.tree.map(_plain, whole), jax.tree.map(_plain, alone)
+    touched = jax.tree.map(touch, places, gradients)
+    few = jax.tree.map(gather, places, touched)
+
+    def both(carry: tuple[Any, Any], _: None) -> tuple[Any, Any]:
+        params, state = carry
+        updates, new_state = inner.update(touched, state, params, **extra_args)
+        few_updates, few_state, state_places = update_rows(
+            inner, few, state, params, places, extra_args
+        )
+        whole = {
+            "update": jax.tree.map(gather, places, updates),
+            "state": jax.tree.map(gather, state_places, new_state),
+        }
+        alone = {"update": few_updates, "state": few_state}
+        updates, state = inner.update(gradients, state, params, **extra_args)
+        carry = optax.apply_updates(params, updates), state
+        return carry, (jax.tree.map(_plain, whole), jax.tree.map(_plain, alone))
+
+    # At many points of a run, as what an optimizer estimates on the way may matter at
+    # its beginning alone, or from some step on.
+    pair: tuple[Any, Any]
+    _, pair = jax.lax.scan(both, (params, inner.init(params)), length=30)
+    return pair
 
 
 def _plain(leaf: jax.Array) -> jax.Array:

@@ -10,7 +10,6 @@ import optax
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from monolith_optax import RowSlices, adamom, lazy_rows, rmsprop
 
@@ -42,6 +41,9 @@ MIXING = {
     "lars": lambda: optax.lars(0.1),
     "fromage": lambda: optax.fromage(0.1),
     "muon": lambda: optax.contrib.muon(0.1),
+    "prodigy": lambda: optax.contrib.prodigy(1.0),
+    "dadapt_adamw": lambda: optax.contrib.dadapt_adamw(1.0),
+    "dowg": lambda: optax.contrib.dowg(1.0),
     "dog": lambda: optax.contrib.dog(1.0),
     "adaptive_grad_clip": lambda: optax.adaptive_grad_clip(0.1),
     "clip_by_block_rms": lambda: optax.clip_by_block_rms(1.0),
@@ -165,7 +167,7 @@ def test_any_ids(ids, seed):
     expected = -to_dense(gradients)["table"]
     np.testing.assert_allclose(result["table"], expected, atol=1e-5)
     touched = updates["table"].ids[updates["table"].ids < NUM_ROWS]
-    assert sorted({i for i in ids if 0 <= i < NUM_ROWS}) == touched.tolist()
+    assert sorted({i for i in ids if 0 <= i < NUM_ROWS}) == sorted(touched.tolist())
     assert len(set(updates["table"].ids.tolist())) == len(ids)
 
 
@@ -368,27 +370,6 @@ def test_scan(params):
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *batches)
     carry, _ = jax.lax.scan(step, (params, tx.init(params)), stacked)
     chex.assert_trees_all_close(carry, run(tx, params, batches), rtol=1e-5)
-
-
-def test_tables_sharded_by_rows():
-    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
-    table = NamedSharding(mesh, PartitionSpec("x", None))
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    rng = np.random.default_rng(0)
-    params = {"table": jnp.asarray(rng.normal(size=(64, DIM)), jnp.float32)}
-    ids = jnp.asarray(rng.integers(0, 64, 40))
-    gradients = {"table": RowSlices(ids, jnp.asarray(rng.normal(size=(40, DIM)), "f"))}
-    tx = lazy_rows(adamom(0.1))
-    expected = run(tx, params, [gradients] * 3)
-    with jax.set_mesh(mesh):
-        params = jax.device_put(params, table)
-        gradients = jax.device_put(gradients, everywhere)
-        params, state = run(tx, params, [gradients] * 3)
-    assert params["table"].sharding.is_equivalent_to(table, 2)
-    assert state.v["table"].sharding.is_equivalent_to(table, 2)
-    chex.assert_trees_all_close(
-        jax.device_get((params, state)), jax.device_get(expected), rtol=1e-6
-    )
 
 
 @pytest.mark.parametrize("name", ["adamom", "rmsprop", "adam"])

@@ -1,0 +1,118 @@
+"""Row-sparse training of tables sharded over eight devices, against one device."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from monolith_optax import RowSlices, adamom, lazy_rows, rmsprop, value_and_row_grad
+
+NUM_ROWS, DIM, BATCH = 64, 4, 16
+MESHES = {
+    "rows": ((8,), ("x",), PartitionSpec("x", None)),
+    "rows_and_columns": ((4, 2), ("x", "y"), PartitionSpec("x", "y")),
+}
+
+
+def loss(params, users, pairs):
+    user, items = params["user"], params["item"]
+    both = items[pairs].sum(1) * items[users]
+    return jnp.mean(((user[users] * both) @ params["scale"]) ** 2)
+
+
+def train(tx, params, users, pairs, *, jit=True):
+    grad = value_and_row_grad(loss, {"user": True, "item": True, "scale": False})
+
+    def step(params, state):
+        value, gradients = grad(params, users, pairs)
+        updates, state = tx.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state, value
+
+    step = jax.jit(step) if jit else step
+    state = tx.init(params)
+    for _ in range(3):
+        params, state, value = step(params, state)
+    return params, state, value
+
+
+@pytest.fixture(autouse=True)
+def float64():
+    """So that another order of summing does not matter."""
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture
+def data():
+    rng = np.random.default_rng(0)
+
+    def normal(*shape):
+        return jnp.asarray(rng.normal(size=shape))
+
+    params = {
+        "user": normal(NUM_ROWS, DIM),
+        "item": normal(NUM_ROWS, DIM),
+        "scale": normal(DIM),
+    }
+    users = jnp.asarray(rng.integers(0, NUM_ROWS, BATCH), jnp.int32).at[3].set(-1)
+    return params, users, jnp.asarray(rng.integers(0, 9, (BATCH, 2)), jnp.int32)
+
+
+@pytest.mark.parametrize(
+    ("make", "mesh_name", "batch_spec"),
+    [
+        (adamom, "rows", PartitionSpec("x")),
+        (rmsprop, "rows", PartitionSpec()),
+        (adamom, "rows_and_columns", PartitionSpec("x")),
+    ],
+)
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+def test_eight_devices_are_as_one(data, make, mesh_name, batch_spec, axis_type):
+    tx = lazy_rows(optax.chain(optax.clip_by_global_norm(1.0), make(0.1)))
+    expected = train(tx, *data)
+    sizes, names, spec = MESHES[mesh_name]
+    mesh = jax.make_mesh(sizes, names, axis_types=(axis_type,) * len(sizes))
+    table, batch = NamedSharding(mesh, spec), NamedSharding(mesh, batch_spec)
+    with jax.set_mesh(mesh):
+        params, users, pairs = jax.device_get(data)
+        scale = NamedSharding(mesh, PartitionSpec())
+        params = jax.device_put(params, {"user": table, "item": table, "scale": scale})
+        actual = train(tx, params, *jax.device_put((users, pairs), batch))
+    slots = actual[1][1]
+    for tree in actual[0], slots.m, slots.v:
+        assert tree["user"].sharding.is_equivalent_to(table, 2)
+        assert tree["item"].sharding.is_equivalent_to(table, 2)
+    chex.assert_trees_all_close(
+        jax.device_get(actual), jax.device_get(expected), rtol=1e-12, atol=1e-14
+    )
+
+
+def test_explicit_mesh_without_jit(data):
+    tx = lazy_rows(adamom(0.1))
+    expected = train(tx, *data)
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Explicit,))
+    shard = NamedSharding(mesh, PartitionSpec("x"))
+    params, users, pairs = data
+    whole = NamedSharding(mesh, PartitionSpec())
+    params = jax.device_put(params, {"user": shard, "item": shard, "scale": whole})
+    with jax.set_mesh(mesh):
+        actual = train(tx, params, *jax.device_put((users, pairs), shard), jit=False)
+    chex.assert_trees_all_close(
+        jax.device_get(actual), jax.device_get(expected), rtol=1e-12, atol=1e-14
+    )
+
+
+def test_slices_of_an_explicit_mesh_add_to_a_table():
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Explicit,))
+    shard = NamedSharding(mesh, PartitionSpec("x"))
+    table = jax.device_put(jnp.zeros((8, 2)), shard)
+    slices = jax.device_put(
+        RowSlices(jnp.array([1, 1, 7, -1, 8, 2, 1, 3]), jnp.ones((8, 2))), shard
+    )
+    total = table + slices
+    assert total.sharding.is_equivalent_to(shard, 2)
+    assert total[:, 0].tolist() == [0, 3, 1, 1, 0, 0, 0, 1]
+    assert slices.to_dense(8)[:, 1].tolist() == [0, 3, 1, 1, 0, 0, 0, 1]
