@@ -138,10 +138,12 @@ def adamom(
             m = mom * m + (1 - mom) * g
             v = ada * v + g * g
             c = ada * c + 1
-            # XLA turns a division by what it knows to be a broadcast scalar into a
-            # multiplication by its inverse, which rounds differently. The select hides
-            # that c may be one, so that compact_c changes no bit.
-            mean = v / jnp.where(v >= 0, c, 1)
+            # No v is negative, so this is c, but XLA cannot know. Else it computes a
+            # full c twice, which takes a copy of the slot, and divides by a scalar c
+            # by multiplying with its inverse, which rounds differently.
+            full_c = jnp.where(v < 0, v, c)
+            mean = v / full_c
+            c = c if compact_c else full_c
             if use_v2:
                 return -(m * alpha) / (jnp.sqrt(mean) + eps), m, v, c
             return -(m * alpha) * jax.lax.rsqrt(mean + eps), m, v, c
