@@ -1,21 +1,48 @@
-"""Runs the benchmarks: `python -m benchmarks [NAME ...] [--quick]`."""
+"""Runs the benchmarks: `python -m benchmarks [NAME ...] [--quick] [--output DIR]`."""
 
 import argparse
 import importlib
+import os
+from pathlib import Path
 
-NAMES = ["net", "rows"]
+from benchmarks.measure import machine, write
+
+NAMES = ["dense", "many_leaves", "rows", "net", "compile"]
 
 
 def main() -> None:
-    """Runs the ones that are named, or all."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks")
+    """Runs the ones that are named, or all, and writes down what they found."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description="Compares each part with its peers. Of these, PyTorch, FBGEMM and "
+        "TensorFlow are left out unless they are installed (extra 'bench').",
+    )
     parser.add_argument("names", metavar="NAME", nargs="*", help=", ".join(NAMES))
-    parser.add_argument("--quick", action="store_true", help="small sizes, once")
+    parser.add_argument("--quick", action="store_true", help="small sizes, few runs")
+    parser.add_argument(
+        "--output",
+        metavar="DIR",
+        type=Path,
+        default=Path("build/benchmarks"),
+        help="where benchmarks.json and benchmarks.png go (default: %(default)s)",
+    )
     args = parser.parse_args()
     if unknown := set(args.names) - set(NAMES):
         parser.error(f"unknown: {', '.join(sorted(unknown))}; there is {NAMES}")
+    # Threads of PyTorch that spin while they wait would slow down every side, its own
+    # most of all, as soon as there are not as many idle cores.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    print(", ".join(f"{name}: {fact}" for name, fact in machine().items()))
+    cases = []
     for name in args.names or NAMES:
-        importlib.import_module(f"benchmarks.{name}").main(quick=args.quick)
+        for case in importlib.import_module(f"benchmarks.{name}").main(
+            quick=args.quick
+        ):
+            print(case.table(), flush=True)
+            cases.append(case)
+    write(cases, args.output)
+    print(f"\nWrote benchmarks.json to {args.output}")
 
 
 if __name__ == "__main__":

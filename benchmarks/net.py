@@ -10,7 +10,6 @@ import queue
 import random
 import resource
 import socket
-import statistics
 import subprocess
 import sys
 import threading
@@ -18,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from benchmarks.measure import Case, Side, interleave
 from monolith_optax.net import check_nodes
 
 TIMEOUT = 1.0
@@ -30,50 +30,56 @@ with socket.socket(fileno=int(sys.argv[1])) as server:
 """
 
 
-def main(*, quick: bool) -> None:
-    """Prints wall times, descriptors and the command line's start-up time."""
+def main(*, quick: bool) -> list[Case]:
+    """Wall times and descriptors, and the command line's start-up time."""
     scale = 100 if quick else 1
-    repeats = 1 if quick else 5
+    rounds = 1 if quick else 5
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    print(f"net: seconds, median of {repeats} interleaved; open files <= {hard}")
-    print(
-        f"{'addresses':32}{'ours':>9}{'10 threads':>12}{'ratio':>8}{'most files':>12}"
-    )
     with nodes() as (live, refused, silent):
-        for label, addresses in {
-            "live": live[: 10_000 // scale],
-            "refused": refused[: 1000 // scale],
-            "live, a tenth silent": [
-                *live[: 900 // scale],
-                *silent[: 100 // scale],
-            ],
-            "silent": silent[: 1000 // scale],
-        }.items():
-            random.Random(0).shuffle(addresses)
+        some = [*live[: 900 // scale], *silent[: 100 // scale]]
+        cases = [
+            compare("live", live[: 10_000 // scale], live, rounds),
+            compare("refused", refused[: 1000 // scale], live, rounds),
+            compare("of which a tenth is silent", some, live, rounds),
             # Ten threads take a hundred seconds for these.
-            rounds = 1 if label == "silent" else repeats
-            sides = {"ours": ours, "threads": ten_threads}
-            times: dict[str, list[float]] = {side: [] for side in sides}
-            missed = dict.fromkeys(sides, 0)
-            with most_descriptors() as most:
-                for _ in range(rounds):
-                    for side, check in sides.items():
-                        time.sleep(1)  # the server's queue is to be empty again
-                        start = time.perf_counter()
-                        alive = check(addresses)
-                        times[side].append(time.perf_counter() - start)
-                        missed[side] += len(set(addresses) & set(live)) - alive
-            a, b = (statistics.median(times[side]) for side in sides)
-            title = f"{len(addresses)} {label}"
-            row = f"{title:32}{a:9.3f}{b:12.3f}{b / a:8.1f}{most[0]:12}"
-            print(f"{row}{missed['ours']:9}/{missed['threads']}", flush=True)
+            compare("silent", silent[: 1000 // scale], live, 1),
+        ]
     command = [sys.executable, "-m", "monolith_optax.net", "--help"]
-    starts = [
-        seconds(lambda: subprocess.run(command, check=True, capture_output=True))
-        for _ in range(3 * repeats)
-    ]
-    print(f"command line's --help: {statistics.median(starts):.3f} s")
+
+    def start() -> object:
+        return subprocess.run(command, check=True, capture_output=True)
+
+    times = interleave({"--help": lambda: start}, 3 * rounds, warm_up=False)
+    return [*cases, Case("net", "command line", times)]
+
+
+def compare(label: str, addresses: list[str], live: list[str], rounds: int) -> Case:
+    """Times both on the same addresses, and counts who is called dead but is not."""
+    random.Random(0).shuffle(addresses)
+    checks = {"check_nodes": ours, "ten threads": ten_threads}
+    up = len(set(addresses) & set(live))
+    missed = dict.fromkeys(checks, 0)
+
+    def prepared(side: str) -> Side:
+        def run() -> None:
+            missed[side] += up - checks[side](addresses)
+
+        def prepare() -> Callable[[], object]:
+            time.sleep(1)  # the server's queue is to be empty again
+            return run
+
+        return prepare
+
+    with most_descriptors() as most:
+        turns = {side: prepared(side) for side in checks}
+        times = interleave(turns, rounds, warm_up=False)
+    more = {
+        "live missed": missed,
+        # Those of the servers and of the threads are among them.
+        "most open files": dict.fromkeys(checks, most[0]),
+    }
+    return Case("net", f"{len(addresses):,} addresses, {label}", times, more=more)
 
 
 def ours(addresses: list[str]) -> int:
@@ -103,13 +109,6 @@ def ten_threads(addresses: list[str]) -> int:
     for thread in threads:
         thread.join()
     return len(alive)
-
-
-def seconds(function: Callable[[], object]) -> float:
-    """How long a call takes."""
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
 
 
 @contextlib.contextmanager

@@ -7,13 +7,11 @@ jitted and donated; a dense step sums into a table of zeros, as JAX's own gradie
 and walks over all of it. For PyTorch's SparseAdam it is that of `optimizer.step()` with
 the gradient of an `Embedding(sparse=True)`: a sparse tensor that is not yet coalesced.
 For FBGEMM it is that of `backward()`, in which its optimizer steps, after a forward
-pass that has already read the rows of the batch. Two threads each.
+pass that has already read the rows of the batch. For TensorFlow it is summing
+duplicates and the kernel `ResourceSparseApplyAdagradV2`. Two threads each.
 """
 
 import importlib
-import os
-import statistics
-import time
 from collections.abc import Callable, Iterator
 from itertools import cycle
 from typing import Any
@@ -23,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from benchmarks.measure import Case, Side, interleave
 from monolith_optax import RowSlices, adamom, lazy_rows
 
 BATCH = 8192
@@ -30,44 +29,48 @@ DIM = 16
 RATE = 1e-3
 
 # Takes a batch's ids and gradient, and returns the step to time.
-Side = Callable[[np.ndarray, np.ndarray], Callable[[], object]]
+Batched = Callable[[np.ndarray, np.ndarray], Callable[[], object]]
 
 
-def main(*, quick: bool) -> None:
-    """Prints times per step and what our step needs beside the batch."""
-    # Threads of PyTorch that spin while they wait would slow down every side, its own
-    # most of all, as soon as there are not as many idle cores.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    blocks, steps = (3, 2) if quick else (20, 10)
-    print(f"rows: {BATCH} Zipf ids, dimension {DIM}; ms, median of {blocks * steps}")
-    print(f"{'':29}{'rows':>9}{'median':>9}{'min':>9}{'max':>9}{'x ours':>8}")
-    memory = []
-    for num_rows in [10_000] if quick else [100_000, 1_000_000, 20_000_000]:
-        ours = Ours(num_rows, lazy_rows(adamom(RATE)))
-        sides: dict[str, Side] = {
-            "lazy_rows(adamom)": ours,
-            "lazy_rows(optax.adam)": Ours(num_rows, lazy_rows(optax.adam(RATE))),
-        }
-        for title, peer in {"SparseAdam": sparse_adam, "FBGEMM": fbgemm}.items():
-            try:
-                sides[title] = peer(num_rows)
-            except ImportError as error:
-                print(f"{title:29}{num_rows:9} is missing: {error}")
-        if num_rows <= 1_000_000:
-            sides["optax.adam, dense"] = Ours(num_rows, optax.adam(RATE), dense=True)
-            sides["adamom, dense"] = Ours(num_rows, adamom(RATE), dense=True)
-        times = interleave(sides, batches(num_rows), blocks, steps)
-        for title, ms in times.items():
-            median = statistics.median(ms)
-            ratio = median / statistics.median(times["lazy_rows(adamom)"])
-            row = f"{title:29}{num_rows:9}{median:9.3f}{min(ms):9.3f}{max(ms):9.3f}"
-            print(f"{row}{ratio:8.2f}", flush=True)
-        memory.append(ours.memory())
-    print(
-        "\nlazy_rows(adamom): bytes of its table and slots, and the step's temporaries"
-    )
-    for num_rows, tables, temporary in memory:
-        print(f"{num_rows:38}{tables:15}{temporary:15}")
+def main(*, quick: bool) -> list[Case]:
+    """Tables of three sizes, and what our step needs beside them."""
+    sizes = [10_000] if quick else [100_000, 1_000_000, 20_000_000]
+    return [compare(num_rows, quick) for num_rows in sizes]
+
+
+def compare(num_rows: int, quick: bool) -> Case:
+    """Times all sides on one table of that many rows."""
+    ours = Ours(num_rows, lazy_rows(adamom(RATE)))
+    sides: dict[str, Batched] = {
+        "lazy_rows(adamom)": ours,
+        "lazy_rows(optax.adam)": Ours(num_rows, lazy_rows(optax.adam(RATE))),
+    }
+    for title, peer in {
+        "PyTorch, SparseAdam": sparse_adam,
+        "FBGEMM, EXACT_ADAGRAD": fbgemm,
+        "TensorFlow, Adagrad": tensorflow_adagrad,
+    }.items():
+        try:
+            sides[title] = peer(num_rows)
+        except ImportError as error:
+            print(f"{title} is left out: {error}")
+    if num_rows <= 1_000_000:
+        sides["optax.adam, dense"] = Ours(num_rows, optax.adam(RATE), dense=True)
+        sides["adamom, dense"] = Ours(num_rows, adamom(RATE), dense=True)
+    data = batches(num_rows)
+
+    def prepared(side: Batched) -> Side:
+        return lambda: side(*next(data))
+
+    turns = {title: prepared(side) for title, side in sides.items()}
+    times = interleave(turns, rounds=2 if quick else 20, runs=2 if quick else 10)
+    tables, temporary = ours.memory()
+    memory = {
+        "MB of table and slots": {"lazy_rows(adamom)": tables / 1e6},
+        "MB of temporaries": {"lazy_rows(adamom)": temporary / 1e6},
+    }
+    name = f"{num_rows:,} rows of {DIM}, {BATCH:,} Zipf ids"
+    return Case("rows", name, times, more=memory)
 
 
 def batches(num_rows: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -77,27 +80,6 @@ def batches(num_rows: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     ranks = np.exp(rng.uniform(0, np.log(num_rows), (32, BATCH))).astype(np.int64)
     rows = rng.normal(size=(32, BATCH, DIM)).astype(np.float32)
     return cycle(list(zip(scattered[ranks], rows, strict=True)))
-
-
-def interleave(
-    sides: dict[str, Side],
-    data: Iterator[tuple[np.ndarray, np.ndarray]],
-    blocks: int,
-    steps: int,
-) -> dict[str, list[float]]:
-    """Milliseconds of each side's steps, which take turns in blocks of some steps."""
-    times: dict[str, list[float]] = {title: [] for title in sides}
-    for block in range(blocks + 1):
-        for title, side in sides.items():
-            # Of each block the first step, and of all the first block, is a warm-up.
-            for step in range(steps + 1):
-                run = side(*next(data))
-                start = time.perf_counter()
-                run()
-                end = time.perf_counter()
-                if block > 0 and step > 0:
-                    times[title].append(1e3 * (end - start))
-    return times
 
 
 def wait_for(tree: Any) -> Any:
@@ -133,16 +115,16 @@ class Ours:
 
         return run
 
-    def memory(self) -> tuple[int, int, int]:
-        """The rows, the bytes of table and slots, and those of temporaries."""
+    def memory(self) -> tuple[int, int]:
+        """The bytes of table and slots, and those of temporaries."""
         slices = RowSlices(jnp.zeros(BATCH, jnp.int32), jnp.zeros((BATCH, DIM)))
         program = self.step.lower(*self.carry, slices).compile()
         tables = sum(leaf.nbytes for leaf in jax.tree.leaves(self.carry))
         analysis: Any = program.memory_analysis()
-        return len(self.carry[0]), tables, analysis.temp_size_in_bytes
+        return tables, analysis.temp_size_in_bytes
 
 
-def sparse_adam(num_rows: int) -> Side:
+def sparse_adam(num_rows: int) -> Batched:
     """PyTorch's lazy Adam."""
     torch = importlib.import_module("torch")
     torch.set_num_threads(2)
@@ -160,7 +142,7 @@ def sparse_adam(num_rows: int) -> Side:
     return side
 
 
-def fbgemm(num_rows: int) -> Side:
+def fbgemm(num_rows: int) -> Batched:
     """FBGEMM's table on CPU with its exact Adagrad, and bags of one id each."""
     torch = importlib.import_module("torch")
     torch.set_num_threads(2)
@@ -179,5 +161,31 @@ def fbgemm(num_rows: int) -> Side:
         output = table(torch.from_numpy(ids), offsets)
         gradient = torch.from_numpy(rows)
         return lambda: output.backward(gradient)
+
+    return side
+
+
+def tensorflow_adagrad(num_rows: int) -> Batched:
+    """TensorFlow's sparse Adagrad, after the sum of duplicates that it asks for."""
+    tf = importlib.import_module("tensorflow")
+    table = tf.Variable(tf.ones((num_rows, DIM)))
+    accumulator = tf.Variable(tf.zeros((num_rows, DIM)))
+
+    @tf.function  # type: ignore[untyped-decorator]
+    def step(ids: Any, rows: Any) -> None:
+        unique, places = tf.unique(ids)
+        summed = tf.math.unsorted_segment_sum(rows, places, tf.size(unique))
+        tf.raw_ops.ResourceSparseApplyAdagradV2(
+            var=table.handle,
+            accum=accumulator.handle,
+            lr=RATE,
+            epsilon=1e-8,
+            grad=summed,
+            indices=unique,
+        )
+
+    def side(ids: np.ndarray, rows: np.ndarray) -> Callable[[], object]:
+        slices = tf.constant(ids), tf.constant(rows)
+        return lambda: step(*slices)
 
     return side

@@ -73,7 +73,8 @@ def adamom(
         parameters. In bfloat16, `c` would stop growing at 256.
       compact_c: whether `c` is kept as one scalar. Its entries are all equal as long
         as every step updates every parameter, so the numbers stay the same bit for
-        bit and a third of the slots' memory is saved.
+        bit and a third of the slots' memory is saved. (Where several steps are
+        unrolled in one program, XLA may round their last bits in other ways.)
 
     Returns:
       An `optax.GradientTransformationExtraArgs` whose state is an `AdamomState`.
@@ -137,10 +138,11 @@ def adamom(
             )
             m = mom * m + (1 - mom) * g
             v = ada * v + g * g
-            c = ada * c + 1
-            # No v is negative, so this is c, but XLA cannot know. Else it computes a
-            # full c twice, which takes a copy of the slot, and divides by a scalar c
-            # by multiplying with its inverse, which rounds differently.
+            # Neither c nor v is ever negative: the selects do nothing, but XLA cannot
+            # know. They keep it from contracting `ada * c + 1` in some programs and not
+            # in others, from computing a full c twice, which takes a copy of the slot,
+            # and from dividing by a scalar c by multiplying with its inverse.
+            c = jnp.where(c < 0, c, ada * c) + 1
             full_c = jnp.where(v < 0, v, c)
             mean = v / full_c
             c = c if compact_c else full_c

@@ -1,0 +1,77 @@
+"""Steps on large dense parameters, where all that counts is the memory's bandwidth."""
+
+import statistics
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks.measure import Case, interleave
+from benchmarks.steps import OPTIMIZERS, Step, copy_bandwidth, peers
+
+
+def main(*, quick: bool) -> list[Case]:
+    """One leaf of 25 million numbers, and a tree like a transformer's of 75 million."""
+    trees = {"one leaf": one_leaf, "transformer": transformer}
+    return [
+        compare(name, tree(quick, dtype), quick)
+        for name, tree in trees.items()
+        for dtype in (jnp.float32, jnp.bfloat16)
+    ]
+
+
+def compare(name: str, params: Any, quick: bool) -> Case:
+    """Times all sides on one tree of parameters."""
+    gradients = jax.tree.map(lambda p: jnp.full_like(p, 0.1), params)
+    steps = {
+        title: Step(make(), params, gradients) for title, make in OPTIMIZERS.items()
+    }
+    copy = copy_bandwidth(quick)
+    sides = {title: step.side() for title, step in steps.items()}
+    others = peers(params, gradients)
+    sides |= others | {"copy": copy.side()}
+    times = interleave(sides, rounds=2 if quick else 12, runs=2)
+    leaves = jax.tree.leaves(params)
+    # Theirs keep two slots in the parameters' dtype.
+    theirs = 7 * sum(leaf.nbytes for leaf in leaves)
+    millions = sum(leaf.size for leaf in leaves) / 1e6
+    title = f"{name}, {leaves[0].dtype}, {millions:.3g} million in {len(leaves)}"
+    return Case(
+        "dense",
+        title,
+        times,
+        bytes_moved={side: step.bytes_moved() for side, step in steps.items()}
+        | dict.fromkeys(others, theirs)
+        | {"copy": copy.bytes_moved()},
+        bandwidth=copy.bytes_moved() / statistics.median(times["copy"]),
+    )
+
+
+def one_leaf(quick: bool, dtype: Any) -> Any:
+    """A single array."""
+    return jnp.ones(100_000 if quick else 25_000_000, dtype)
+
+
+def transformer(quick: bool, dtype: Any) -> Any:
+    """The parameters of twelve blocks and their embedding: 196 arrays."""
+    width = 16 if quick else 640
+
+    def dense(rows: int, columns: int) -> dict[str, jax.Array]:
+        return {"kernel": jnp.ones((rows, columns), dtype), "bias": norm(columns)}
+
+    def norm(size: int) -> jax.Array:
+        return jnp.ones(size, dtype)
+
+    def block() -> dict[str, Any]:
+        return {
+            "attention": {name: dense(width, width) for name in "qkvo"},
+            "mlp": {"up": dense(width, 4 * width), "down": dense(4 * width, width)},
+            "norms": [{"scale": norm(width), "bias": norm(width)} for _ in range(2)],
+        }
+
+    return {
+        "embedding": jnp.ones((width * 40, width), dtype),
+        "position": jnp.ones((width, width), dtype),
+        "blocks": [block() for _ in range(12)],
+        "norm": {"scale": norm(width), "bias": norm(width)},
+    }

@@ -1,0 +1,137 @@
+"""Whole optimizer steps on trees: ours, optax's and those of other frameworks.
+
+A step of ours or of optax is the update and `optax.apply_updates`, jitted, with
+parameters and state donated. PyTorch's is `optimizer.step()` of its fused Adam,
+TensorFlow's the kernel `ResourceApplyAdam` on each variable in one graph function.
+"""
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from benchmarks.measure import Side
+from monolith_optax import adamom, rmsprop
+
+RATE = 1e-3
+OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {
+    "adamom": lambda: adamom(RATE),
+    "adamom, compact_c": lambda: adamom(RATE, compact_c=True),
+    "rmsprop": lambda: rmsprop(RATE),
+    "optax.adam": lambda: optax.adam(RATE),
+    "optax.rmsprop, momentum": lambda: optax.rmsprop(RATE, momentum=0.9),
+}
+
+
+class Step:
+    """A step of an optax optimizer, jitted and donated."""
+
+    def __init__(
+        self, tx: optax.GradientTransformation, params: Any, gradients: Any
+    ) -> None:
+        """Compiles the step for copies of the parameters."""
+
+        def step(params: Any, state: Any, gradients: Any) -> tuple[Any, Any]:
+            updates, state = tx.update(gradients, state, params)
+            return optax.apply_updates(params, updates), state
+
+        params = jax.tree.map(lambda x: jnp.array(x, copy=True), params)
+        self.gradients = gradients
+        self.carry = params, jax.jit(tx.init)(params)
+        self.jitted = jax.jit(step, donate_argnums=(0, 1))
+
+    def __call__(self) -> None:
+        """Steps and waits for it."""
+        self.carry = jax.block_until_ready(self.jitted(*self.carry, self.gradients))
+
+    def bytes_moved(self) -> int:
+        """Reading gradients, parameters and slots once, and writing the latter two."""
+        carry, gradients = (
+            sum(int(leaf.nbytes) for leaf in jax.tree.leaves(tree))
+            for tree in (self.carry, self.gradients)
+        )
+        return 2 * carry + gradients
+
+    def side(self) -> Side:
+        """The step, with nothing to prepare."""
+        return lambda: self
+
+
+def torch_adam(params: Any, gradients: Any) -> Side:
+    """PyTorch's fused Adam."""
+    torch = importlib.import_module("torch")
+    # Waking a second thread costs more than the step on a small leaf.
+    small = all(leaf.size < 10_000 for leaf in jax.tree.leaves(params))
+    torch.set_num_threads(1 if small else 2)
+    leaves = []
+    for param, gradient in zip(
+        jax.tree.leaves(params), jax.tree.leaves(gradients), strict=True
+    ):
+        dtype = getattr(torch, param.dtype.name)
+        leaf = torch.nn.Parameter(torch.from_numpy(_float32(param)).to(dtype))
+        leaf.grad = torch.from_numpy(_float32(gradient)).to(dtype)
+        leaves.append(leaf)
+    optimizer = torch.optim.Adam(leaves, lr=RATE, fused=True)
+    return lambda: optimizer.step
+
+
+def tensorflow_adam(params: Any, gradients: Any) -> Side:
+    """TensorFlow's kernel of Adam, on every variable."""
+    tf = importlib.import_module("tensorflow")
+    variables, slots, constants = [], [], []
+    for param, gradient in zip(
+        jax.tree.leaves(params), jax.tree.leaves(gradients), strict=True
+    ):
+        dtype = param.dtype.name
+        variables.append(tf.Variable(tf.cast(_float32(param), dtype)))
+        slots.append([tf.Variable(tf.zeros(param.shape, dtype)) for _ in range(2)])
+        constants.append(tf.cast(_float32(gradient), dtype))
+
+    @tf.function  # type: ignore[untyped-decorator]
+    def step(constants: list[Any]) -> None:
+        for variable, (m, v), gradient in zip(variables, slots, constants, strict=True):
+            beta1, beta2, rate, epsilon = (
+                tf.cast(x, variable.dtype) for x in (0.9, 0.999, RATE, 1e-8)
+            )
+            tf.raw_ops.ResourceApplyAdam(
+                var=variable.handle,
+                m=m.handle,
+                v=v.handle,
+                beta1_power=beta1,
+                beta2_power=beta2,
+                lr=rate,
+                beta1=beta1,
+                beta2=beta2,
+                epsilon=epsilon,
+                grad=gradient,
+            )
+
+    return lambda: lambda: step(constants)
+
+
+def _float32(array: Any) -> np.ndarray:
+    return np.array(array, np.float32)
+
+
+def peers(params: Any, gradients: Any) -> dict[str, Side]:
+    """The other frameworks' steps, and a line for each one that is not installed."""
+    sides = {}
+    for title, make in {
+        "PyTorch, fused Adam": torch_adam,
+        "TensorFlow, Adam": tensorflow_adam,
+    }.items():
+        try:
+            sides[title] = make(params, gradients)
+        except ImportError as error:
+            print(f"{title} is left out: {error}")
+    return sides
+
+
+def copy_bandwidth(quick: bool) -> Step:
+    """A step that reads and writes each number once: what the memory allows."""
+    flip = optax.stateless(lambda _, params: -2 * params)
+    return Step(flip, jnp.ones(100_000 if quick else 25_000_000), None)
