@@ -1,0 +1,153 @@
+"""What stands for a leaf of params or state in a TensorFlow checkpoint."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+GLOBAL_STEP = "global_step"
+
+
+class MismatchError(ValueError):
+    """A tensor is not what the leaf needs; the message may have several lines."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A leaf that TensorFlow does not know, such as a hyperparameter."""
+
+    names: tuple[str, ...] = ()
+
+    def read(self, tensors: Mapping[str, Any], leaf: Any) -> Any:
+        """The leaf as it is."""
+        del tensors
+        return leaf
+
+    def write(self, leaf: Any) -> dict[str, np.ndarray]:
+        """Nothing."""
+        del leaf
+        return {}
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A variable or a slot."""
+
+    name: str
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Its name alone."""
+        return (self.name,)
+
+    def read(self, tensors: Mapping[str, Any], leaf: Any) -> Any:
+        """The tensor, where the leaf is."""
+        return placed(tensor(tensors, self.name, leaf.shape, leaf.dtype), leaf)
+
+    def write(self, leaf: Any) -> dict[str, np.ndarray]:
+        """The leaf under its name."""
+        return {self.name: np.asarray(leaf)}
+
+
+@dataclass(frozen=True)
+class Shared:
+    """The one number that stands for several slots whose entries are all the same."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of all slots."""
+        return tuple(self.shapes)
+
+    def read(self, tensors: Mapping[str, Any], leaf: Any) -> Any:
+        """The number that all entries of all slots are."""
+        problems, numbers = [], {}
+        for name, shape in self.shapes.items():
+            try:
+                slot = tensor(tensors, name, shape, leaf.dtype)
+            except MismatchError as mismatch:
+                problems.append(str(mismatch))
+                continue
+            if slot.size and slot.min() == slot.max():
+                numbers[name] = slot.flat[0]
+            elif slot.size:
+                problems.append(
+                    f"{name} is not uniform: its entries are from {slot.min()} to "
+                    f"{slot.max()}. Import into an optimizer without compact_c."
+                )
+        if len(set(numbers.values())) > 1:
+            each = ", ".join(f"{name} is {number}" for name, number in numbers.items())
+            problems.append(
+                f"compact_c needs one number for all variables, but {each}. Import "
+                "into an optimizer without compact_c."
+            )
+        if problems:
+            raise MismatchError("\n".join(problems))
+        number = next(iter(numbers.values()), 0)
+        return placed(np.asarray(number, leaf.dtype), leaf)
+
+    def write(self, leaf: Any) -> dict[str, np.ndarray]:
+        """Full slots."""
+        number = np.asarray(leaf)
+        return {
+            name: np.full(shape, number, number.dtype)
+            for name, shape in self.shapes.items()
+        }
+
+
+@dataclass(frozen=True)
+class Count:
+    """A count of steps, which TensorFlow keeps in one variable."""
+
+    names: tuple[str, ...] = (GLOBAL_STEP,)
+
+    def read(self, tensors: Mapping[str, Any], leaf: Any) -> Any:
+        """The global step in the dtype of the count."""
+        if GLOBAL_STEP not in tensors:
+            raise MismatchError(f"{GLOBAL_STEP} is missing.")
+        step = np.asarray(tensors[GLOBAL_STEP])
+        most = np.iinfo(leaf.dtype).max
+        if step.shape != () or step.dtype.kind not in "iu" or not 0 <= step <= most:
+            raise MismatchError(
+                f"{GLOBAL_STEP} must be one integer from 0 to {most}, but it is "
+                f"{_describe(step)}{f', {step}' if step.shape == () else ''}."
+            )
+        return placed(step.astype(leaf.dtype), leaf)
+
+    def write(self, leaf: Any) -> dict[str, np.ndarray]:
+        """The count as TensorFlow has it."""
+        return {GLOBAL_STEP: np.asarray(leaf, np.int64)}
+
+
+Entry = Kept | Tensor | Shared | Count
+
+
+def tensor(
+    tensors: Mapping[str, Any], name: str, shape: tuple[int, ...], dtype: Any
+) -> np.ndarray:
+    """A tensor of that shape and dtype."""
+    if name not in tensors:
+        raise MismatchError(f"{name} is missing.")
+    value = np.asarray(tensors[name])
+    if value.shape != shape or value.dtype != dtype:
+        raise MismatchError(
+            f"{name} is {_describe(value)}, but the leaf that it is for has dtype "
+            f"{dtype} and shape {shape}."
+        )
+    return value
+
+
+def placed(value: np.ndarray, leaf: Any) -> Any:
+    """A copy of the value, on the devices of the leaf."""
+    copy = np.array(value)
+    if isinstance(leaf, np.ndarray):
+        return copy
+    sharding = leaf.sharding if getattr(leaf, "committed", True) else None
+    return jax.device_put(copy, sharding)
+
+
+def _describe(value: np.ndarray) -> str:
+    return f"of dtype {value.dtype} and shape {value.shape}"

@@ -1,0 +1,232 @@
+"""Params and optax states from tensors under TensorFlow's names, and back."""
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+import jax
+import numpy as np
+import optax
+from jax.tree_util import GetAttrKey, keystr
+
+from monolith_optax._adamom import AdamomState
+from monolith_optax._rmsprop import RmspropState
+from monolith_optax.checkpoint._entries import (
+    GLOBAL_STEP,
+    Count,
+    Entry,
+    Kept,
+    MismatchError,
+    Shared,
+    Tensor,
+)
+
+VariableNames: TypeAlias = Callable[[str], str] | Mapping[str, str] | None
+
+# The name that TensorFlow gives to an optimizer's slots unless it is told another.
+_NAMES: dict[type, str] = {AdamomState: "Adamom", RmspropState: "Rmsprop"}
+
+
+def import_slots(
+    tensors: Mapping[str, Any],
+    params: optax.Params,
+    state: optax.OptState,
+    *,
+    name: str | None = None,
+    variable_names: VariableNames = None,
+    strict: bool = True,
+) -> tuple[optax.Params, optax.OptState]:
+    """Params and optimizer state from the variables and slots of a checkpoint.
+
+    Every parameter and every slot of an `adamom` or `rmsprop` state, wherever it is in
+    `state` (inside `optax.chain`, `named_chain`, `partition`, `masked`,
+    `inject_hyperparams`, `lazy_rows`, ...), is replaced, and every count of steps is
+    set to `global_step`. All else, such as hyperparameters, stays as it is.
+
+    Args:
+      tensors: arrays by TensorFlow's names, such as `read_tensorflow` gives: a
+        variable `VAR`, its slots `VAR/Adamom/m`, `/v` and `/c`, or `VAR/Rmsprop/m`
+        and `/v`, and `global_step`.
+      params: parameters of the wanted shapes, dtypes and shardings. Arrays, or the
+        shapes that `jax.eval_shape` gives, which take no memory.
+      state: a state of the optimizer for these parameters, or its shapes.
+      name: the name of the optimizer in TensorFlow. None: Adamom or Rmsprop.
+      variable_names: from the path of a parameter to the name of its variable: a
+        function, or a mapping of those whose name is not their path. The path is
+        `mlp/dense/kernel` for `params["mlp"]["dense"]["kernel"]`.
+      strict: whether tensors that nothing asks for are an error.
+
+    Returns:
+      New params and a new state. Nothing is shared with `tensors`.
+
+    Raises:
+      ValueError: tensors are missing, left over, or of another shape or dtype (all
+        are listed by name), or `compact_c` meets a slot `c` that is not uniform, or
+        there is no state of `adamom` or `rmsprop`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import numpy as np
+      >>> from monolith_optax import rmsprop
+      >>> from monolith_optax.checkpoint import import_slots
+      >>> params = {"mlp": {"bias": jnp.zeros(2)}}
+      >>> tensors = {
+      ...     "mlp/bias": np.array([1, 2], np.float32),
+      ...     "mlp/bias/Rmsprop/m": np.array([3, 4], np.float32),
+      ...     "mlp/bias/Rmsprop/v": np.array([5, 6], np.float32),
+      ...     "global_step": np.array(7, np.int64),
+      ... }
+      >>> params, state = import_slots(tensors, params, rmsprop().init(params))
+      >>> print(params["mlp"]["bias"], state.v["mlp"]["bias"], state.count)
+      [1. 2.] [5. 6.] 7
+    """
+    entries = _entries(params, state, name, variable_names)
+    leaves, treedef = jax.tree.flatten((params, state))
+    problems, new = [], []
+    for entry, leaf in zip(entries, leaves, strict=True):
+        try:
+            new.append(entry.read(tensors, leaf))
+        except MismatchError as mismatch:
+            problems += str(mismatch).splitlines()
+    if strict:
+        used = {used for entry in entries for used in entry.names}
+        problems += [f"{extra} is left over." for extra in sorted(set(tensors) - used)]
+    if problems:
+        listed = "\n  ".join(dict.fromkeys(problems))
+        raise ValueError(
+            "The tensors are not those of params and state; nothing was imported. "
+            f"(strict=False leaves over what is not asked for.)\n  {listed}"
+        )
+    restored: tuple[optax.Params, optax.OptState] = jax.tree.unflatten(treedef, new)
+    return restored
+
+
+def export_slots(
+    params: optax.Params,
+    state: optax.OptState,
+    *,
+    name: str | None = None,
+    variable_names: VariableNames = None,
+) -> dict[str, np.ndarray]:
+    """The variables and slots of a checkpoint from params and optimizer state.
+
+    It is the way back from `import_slots`, to the bit. Slots are always full, also
+    those that `compact_c` keeps as one number.
+
+    Args:
+      params: the parameters.
+      state: the optimizer's state, with one of `adamom` or `rmsprop` anywhere in it.
+      name: the name of the optimizer in TensorFlow. None: Adamom or Rmsprop.
+      variable_names: as in `import_slots`.
+
+    Returns:
+      Arrays by TensorFlow's names.
+
+    Raises:
+      ValueError: there is no state of `adamom` or `rmsprop`, two leaves have the same
+        name, or there are counts of steps that differ.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from monolith_optax import adamom
+      >>> from monolith_optax.checkpoint import export_slots
+      >>> params = {"bias": jnp.zeros(2)}
+      >>> sorted(export_slots(params, adamom().init(params)))
+      ['bias', 'bias/Adamom/c', 'bias/Adamom/m', 'bias/Adamom/v', 'global_step']
+    """
+    tensors: dict[str, np.ndarray] = {}
+    entries = _entries(params, state, name, variable_names)
+    for entry, leaf in zip(entries, jax.tree.leaves((params, state)), strict=True):
+        written = entry.write(leaf)
+        step = tensors.get(GLOBAL_STEP)
+        if step is not None and written.get(GLOBAL_STEP, step) != step:
+            raise ValueError(
+                f"The state has counts of steps that differ, {step} and "
+                f"{written[GLOBAL_STEP]}: a checkpoint has one {GLOBAL_STEP}."
+            )
+        tensors |= written
+    return tensors
+
+
+def _entries(
+    params: optax.Params,
+    state: optax.OptState,
+    name: str | None,
+    variable_names: VariableNames,
+) -> list[Entry]:
+    """What stands for each leaf of `(params, state)`."""
+    shapes = {
+        _path(path): leaf.shape for path, leaf in jax.tree.leaves_with_path(params)
+    }
+    variable = _variable_namer(variable_names, list(shapes))
+
+    def of_state(path: Any, node: Any) -> Any:
+        if _is_ours(node):
+            return _entries_of(node, name or _NAMES[type(node)], variable, shapes)
+        return Count() if path[-1:] == (GetAttrKey("count"),) else Kept()
+
+    variables = jax.tree.map_with_path(lambda p, _: Tensor(variable(_path(p))), params)
+    slots = jax.tree.map_with_path(of_state, state, is_leaf=_is_ours)
+    if not any(map(_is_ours, jax.tree.leaves(state, is_leaf=_is_ours))):
+        raise ValueError("The state has none of adamom or rmsprop in it.")
+    entries: list[Entry] = jax.tree.leaves((variables, slots))
+    uses = Counter(
+        used for entry in entries for used in entry.names if used != GLOBAL_STEP
+    )
+    if twice := [used for used, times in uses.items() if times > 1]:
+        raise ValueError(
+            f"Several leaves of params and state have the same name: {twice}. Give "
+            "variable_names, or import into one of the optimizers at a time."
+        )
+    return entries
+
+
+def _entries_of(
+    state: Any,
+    optimizer: str,
+    variable: Callable[[str], str],
+    shapes: dict[str, tuple[int, ...]],
+) -> Any:
+    """What stands for each leaf of one optimizer's own state."""
+    paths = [_path(path) for path, _ in jax.tree.leaves_with_path(state.m)]
+    if unknown := [path for path in paths if path not in shapes]:
+        raise ValueError(
+            f"The state has slots of {unknown}, which are not among the parameters "
+            f"{list(shapes)}: is it wrapped in optax.flatten?"
+        )
+
+    def tensors(slot: str) -> Any:
+        tree = getattr(state, slot)
+        if _layout(tree) != _layout(state.m):  # compact_c
+            names = {f"{variable(p)}/{optimizer}/{slot}": shapes[p] for p in paths}
+            return Shared(names)
+        return jax.tree.map_with_path(
+            lambda p, _: Tensor(f"{variable(_path(p))}/{optimizer}/{slot}"), tree
+        )
+
+    slots = [field for field in state._fields if field != "count"]
+    return state._replace(count=Count(), **{slot: tensors(slot) for slot in slots})
+
+
+def _variable_namer(names: VariableNames, paths: list[str]) -> Callable[[str], str]:
+    if names is None:
+        return lambda path: path
+    if isinstance(names, Mapping):
+        if unknown := sorted(set(names) - set(paths)):
+            raise ValueError(
+                f"variable_names has {unknown}, but the parameters are {paths}."
+            )
+        return lambda path: names.get(path, path)
+    return names
+
+
+def _layout(tree: Any) -> Any:
+    return jax.tree.structure(tree), [leaf.shape for leaf in jax.tree.leaves(tree)]
+
+
+def _path(path: Any) -> str:
+    return keystr(path, simple=True, separator="/")
+
+
+def _is_ours(node: Any) -> bool:
+    return type(node) in _NAMES
