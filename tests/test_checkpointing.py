@@ -1,8 +1,13 @@
-"""States saved and restored with Orbax."""
+"""States saved and restored with Orbax, also after a kill in the middle of a save."""
+
+import subprocess
+import sys
+from pathlib import Path
 
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
@@ -37,3 +42,49 @@ def test_a_restored_run_goes_on_to_the_bit(tmp_path, name):
     chex.assert_trees_all_equal(
         step(*restored, jnp.array([5, 7])), step(*run, jnp.array([5, 7]))
     )
+
+
+def worker(folder, steps, result):
+    script = Path(__file__).with_name("orbax_worker.py")
+    command = [sys.executable, script, folder, str(steps), result]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+def finish(process):
+    with process:
+        output = process.communicate(timeout=60)[0]
+    assert process.returncode == 0
+    return output
+
+
+def test_killed_in_the_middle_of_a_save_it_goes_on_to_the_bit(tmp_path):
+    """Sharded, row by row, and each run in a process of its own."""
+    folder = tmp_path / "killed"
+    while not half_saved(folder):  # a save may end just before the kill
+        kill_in_a_save(folder)
+    complete = max(int(step.name) for step in folder.iterdir() if step.name.isdigit())
+    steps = complete + 3
+    resumed = finish(worker(folder, steps, tmp_path / "resumed.npz"))
+    assert resumed == f"resumes after {complete}\n"
+    finish(worker(tmp_path / "straight", steps, tmp_path / "straight.npz"))
+    with (
+        np.load(tmp_path / "resumed.npz") as a,
+        np.load(tmp_path / "straight.npz") as b,
+    ):
+        assert a.files == b.files
+        for name in a.files:
+            np.testing.assert_array_equal(a[name], b[name])
+
+
+def kill_in_a_save(folder):
+    with worker(folder, 10_000, folder / "never.npz") as victim:
+        try:
+            while not ((folder / "2").exists() and half_saved(folder)):
+                assert victim.poll() is None
+        finally:
+            victim.kill()
+
+
+def half_saved(folder):
+    """Whether there is a save that is not complete."""
+    return any("tmp" in step.name for step in folder.glob("*"))

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import re
 import sys
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ from monolith_optax.checkpoint._tensorflow import read_tensorflow, write_tensorf
 def main() -> int:
     """Runs one command; returns the exit status."""
     args = _parser().parse_args()
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # its own talk at start-up
     try:
         if args.command == "show":
             show(args.prefix, as_json=args.json)

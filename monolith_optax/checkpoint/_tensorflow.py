@@ -40,15 +40,17 @@ class TensorFlowCheckpoint(Mapping[str, np.ndarray]):
     def __init__(self, prefix: str | os.PathLike[str]) -> None:
         """Reads names, shapes and dtypes."""
         self.prefix = os.fspath(prefix)
-        self._errors = _tensorflow().errors.OpError, ValueError, RuntimeError
         index = Path(f"{self.prefix}.index")
         if not index.is_file():
             raise FileNotFoundError(
                 f"There is no file {index}. The prefix of a checkpoint ends before "
                 "'.index', as in 'model/model.ckpt-6'."
             )
+        tf = _tensorflow()
+        # What TensorFlow raises for damaged files, by how they are damaged.
+        self._errors = tf.errors.OpError, LookupError, RuntimeError, ValueError
         try:
-            self._reader = _tensorflow().train.load_checkpoint(self.prefix)
+            self._reader = tf.train.load_checkpoint(self.prefix)
             shapes = self._reader.get_variable_to_shape_map()
             dtypes = self._reader.get_variable_to_dtype_map()
         except self._errors as error:
