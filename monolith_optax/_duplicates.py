@@ -26,6 +26,7 @@ def sum_duplicates(slices: RowSlices, num_rows: int) -> RowSlices:
     )
 
 
+@jax.jit  # for calls outside of jit, which would compile the loop anew each time
 def _one_place_each(ids: jax.Array, valid: jax.Array) -> jax.Array:
     """A place of each id that all of its occurrences agree on; beyond if not valid.
 
