@@ -1,11 +1,12 @@
-"""Strict JAX on eight virtual CPU devices, for the tests, docstrings and README."""
+"""Strict JAX on eight virtual CPU devices, for the tests, docstrings and documents."""
 
 import os
+from importlib.util import find_spec
 
 import jax
 from hypothesis import settings
 from sybil import Sybil
-from sybil.parsers.markdown import PythonCodeBlockParser
+from sybil.parsers.markdown import PythonCodeBlockParser, SkipParser
 
 jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS", "cpu"))
 jax.config.update("jax_num_cpu_devices", 8)
@@ -16,6 +17,11 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 settings.register_profile("default", deadline=None, derandomize=True)
 settings.load_profile("default")
 
+# They belong to the site, which has requirements of its own.
+collect_ignore_glob = ["docs/*.py"]
+
 pytest_collect_file = Sybil(
-    parsers=[PythonCodeBlockParser()], patterns=["README.md"]
+    parsers=[PythonCodeBlockParser(), SkipParser()],
+    patterns=["README.md", "docs/*.md"],
+    setup=lambda namespace: namespace.update(find_spec=find_spec),  # to skip by
 ).pytest()
