@@ -16,6 +16,9 @@ from monolith_optax.net._checker import NodeAliveChecker as NodeAliveChecker
 from monolith_optax.net._cluster import coordinator_addresses as coordinator_addresses
 from monolith_optax.net._cluster import read_addresses as read_addresses
 from monolith_optax.net._cluster import tf_config_addresses as tf_config_addresses
+from monolith_optax.net._coordinator import (
+    wait_for_coordinator as wait_for_coordinator,
+)
 from monolith_optax.net._probe import Connector as Connector
 from monolith_optax.net._probe import NodeStatus as NodeStatus
 from monolith_optax.net._probe import Reason as Reason

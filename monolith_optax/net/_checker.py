@@ -48,7 +48,7 @@ class NodeAliveChecker:
 
     def check(self) -> NodeReport:
         """Probes all addresses again and returns the new report."""
-        self.report = _run(
+        self.report = run_to_end(
             lambda: check_nodes(
                 self._addrs, timeout=self._timeout, max_concurrency=self._num_thread
             )
@@ -72,7 +72,7 @@ class NodeAliveChecker:
         return self.report.all_alive
 
 
-def _run(check: Callable[[], Coroutine[Any, Any, NodeReport]]) -> NodeReport:
+def run_to_end(check: Callable[[], Coroutine[Any, Any, NodeReport]]) -> NodeReport:
     """Runs a coroutine to its end, in a thread where an event loop is running."""
 
     def run() -> NodeReport:

@@ -1,0 +1,379 @@
+"""Training across processes: tables sharded by rows over all devices of a cluster.
+
+    python examples/train_multihost.py
+
+starts two processes on this machine, with four virtual CPU devices each, and trains a
+small model of the kind that predicts clicks: categorical fields and pairs of them are
+looked up in two embedding tables, and a dense part turns what was found into one
+probability. The data are the handwritten digits that scikit-learn ships: the fields
+are how dark sixteen blocks are, and the question is whether the digit is odd. Every
+device holds an eighth of the rows of each table and of its slots, and an eighth of
+each batch.
+
+On a real cluster, start it on every host with the same `--coordinator`:
+
+    python train_multihost.py --coordinator HOST:PORT --num-processes N --process-id I
+
+With `--checkpoint-dir`, a run that was cut short goes on from its last checkpoint.
+"""
+
+import argparse
+import contextlib
+import functools
+import itertools
+import math
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from sklearn.datasets import load_digits
+from tqdm import tqdm
+
+import monolith_optax
+from monolith_optax.net import wait_for_coordinator
+
+# Each optimizer with a learning rate that suits this problem.
+OPTIMIZERS: dict[str, tuple[Callable[..., optax.GradientTransformation], float]] = {
+    "adamom": (functools.partial(monolith_optax.adamom, mom_decay=0.9), 0.003),
+    "rmsprop": (functools.partial(monolith_optax.rmsprop, beta1=0.9), 0.0003),
+}
+TABLES = {"fields": True, "pairs": True, "hidden": False, "output": False}
+SIDE, SHADES = 4, 17  # blocks of two by two pixels, from white to black
+LOCAL_DEVICES = 8  # of all processes together, when they run on this machine
+STEPS_BETWEEN_POINTS = 5
+
+Params = dict[str, jax.Array]
+Carry = tuple[Params, optax.OptState]
+Step = Callable[[Carry, "Batch"], tuple[Carry, jax.Array]]
+
+
+class Batch(NamedTuple):
+    """Row ids of shape (examples, 16) for each table, and labels, which are 0 or 1."""
+
+    fields: Any
+    pairs: Any
+    label: Any
+
+
+def load_data() -> tuple[Batch, Batch]:
+    """The digits, four fifths of them for training and the rest."""
+    images, digits = load_digits(return_X_y=True)
+    blocks = images.reshape(-1, SIDE, 2, SIDE, 2).mean((2, 4)).astype(np.int32)
+    place = np.arange(SIDE**2, dtype=np.int32).reshape(SIDE, SIDE)
+    fields = place * SHADES + blocks
+    pairs = fields * SHADES + np.roll(blocks, -1, axis=2)  # a block and the next one
+    fields, pairs = (x.reshape(len(digits), -1) for x in (fields, pairs))
+    data = Batch(fields, pairs, digits.astype(np.float32) % 2)
+    cut = len(digits) * 4 // 5
+    return Batch(*(x[:cut] for x in data)), Batch(*(x[cut:] for x in data))
+
+
+def batches(
+    data: Batch, batch_size: int, mesh: Mesh, *, seed: int, start: int
+) -> Iterator[Batch]:
+    """Global mini-batches without end, beginning with step `start`.
+
+    A batch depends on the step alone, so a resumed run sees the same ones. Each process
+    provides the examples of its own devices.
+    """
+    sharding = NamedSharding(mesh, PartitionSpec("x"))
+    for step in itertools.count(start):
+        rng = np.random.default_rng((seed, step))
+        chosen = rng.choice(len(data.label), batch_size, replace=False)
+        yield Batch(
+            *(
+                jax.make_array_from_callback(
+                    (batch_size, *x.shape[1:]), sharding, x[chosen].__getitem__
+                )
+                for x in data
+            )
+        )
+
+
+def logits(params: Any, batch: Batch) -> jax.Array:
+    """The model; the tables may be stand-ins that can be looked up alone."""
+    fields = params["fields"][batch.fields].sum(1)
+    pairs = params["pairs"][batch.pairs].sum(1)
+    found = jnp.concatenate([fields, pairs, fields * pairs], axis=1)
+    result: jax.Array = jax.nn.relu(found @ params["hidden"]) @ params["output"]
+    return result
+
+
+def loss_fn(params: Any, batch: Batch) -> jax.Array:
+    """The mean log loss."""
+    losses = optax.sigmoid_binary_cross_entropy(logits(params, batch), batch.label)
+    return jnp.mean(losses)
+
+
+def round_up(num_rows: int) -> int:
+    """So many rows that they split evenly over up to 256 devices, a power of two."""
+    return -(-num_rows // 256) * 256
+
+
+def init_params(dim: int, seed: int) -> Params:
+    """Small random rows and weights."""
+    shapes = {
+        "fields": (round_up(SIDE**2 * SHADES), dim),
+        "pairs": (round_up(SIDE**2 * SHADES**2), dim),
+        "hidden": (3 * dim, 2 * dim),
+        "output": (2 * dim,),
+    }
+    keys = jax.random.split(jax.random.key(seed), len(shapes))
+    return {
+        name: 0.1 * jax.random.normal(key, shape)
+        for key, (name, shape) in zip(keys, shapes.items(), strict=True)
+    }
+
+
+def carry_like(
+    tx: optax.GradientTransformation, init: Callable[[], Params], mesh: Mesh
+) -> Any:
+    """Shapes and shardings of params and state: tables and their slots by rows."""
+    rows = NamedSharding(mesh, PartitionSpec("x"))
+    whole = NamedSharding(mesh, PartitionSpec())
+    params, state = jax.eval_shape(lambda: make_carry(tx, init))
+    by_param = {name: rows if table else whole for name, table in TABLES.items()}
+    by_slot = optax.tree.map_params(
+        tx,
+        lambda _, sharding: sharding,
+        state,
+        by_param,
+        transform_non_params=lambda _: whole,  # counts, and the c of compact_c
+    )
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=sharding
+        ),
+        (params, state),
+        (by_param, by_slot),
+    )
+
+
+def make_carry(tx: optax.GradientTransformation, init: Callable[[], Params]) -> Carry:
+    """Params and state at the beginning."""
+    params = init()
+    return params, tx.init(params)
+
+
+def make_step(tx: optax.GradientTransformation, like: Any, *, dense: bool) -> Step:
+    """A jitted training step that keeps the shardings of params and state."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, like)
+    whole = shardings[0]["output"]
+    if dense:
+        value_and_grad, where = jax.value_and_grad(loss_fn), shardings[0]
+    else:
+        # The rows of the batch go to all devices, each of which picks out its own.
+        value_and_grad = monolith_optax.value_and_row_grad(loss_fn, TABLES)
+        where = whole
+
+    @functools.partial(jax.jit, donate_argnums=0, out_shardings=(shardings, whole))
+    def step(carry: Carry, batch: Batch) -> tuple[Any, jax.Array]:
+        params, state = carry
+        loss, gradients = value_and_grad(params, batch)
+        gradients = jax.lax.with_sharding_constraint(gradients, where)
+        updates, state = tx.update(gradients, state, params)
+        return (optax.apply_updates(params, updates), state), loss
+
+    return step
+
+
+def open_checkpoints(folder: str | None, every: int) -> Any:
+    """A manager of checkpoints that are written beside the training, or None."""
+    if folder is None:
+        return None
+    options = ocp.CheckpointManagerOptions(max_to_keep=2, save_interval_steps=every)
+    return ocp.CheckpointManager(Path(folder).absolute(), options=options)
+
+
+def first_carry(
+    tx: optax.GradientTransformation, init: Callable[[], Params], like: Any, saved: Any
+) -> tuple[int, Carry]:
+    """The step to go on from, and its params and state: the last complete checkpoint's.
+
+    No process ever has a whole table: each reads or makes the rows of its own devices.
+    """
+    done = None if saved is None else saved.latest_step()
+    if done is not None:
+        return done, saved.restore(done, args=ocp.args.StandardRestore(like))
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, like)
+    return 0, jax.jit(lambda: make_carry(tx, init), out_shardings=shardings)()
+
+
+def train(
+    step: Step, carry: Carry, stream: Iterator[Batch], numbers: range, saved: Any
+) -> tuple[Carry, list[tuple[int, float]]]:
+    """Returns params and state, and the loss curve as (step, loss) pairs."""
+    curve, losses = [], []
+    with tqdm(
+        desc="training",
+        unit=" examples",
+        unit_scale=True,
+        disable=jax.process_index() != 0,
+    ) as progress:
+        for number, batch in zip(numbers, stream, strict=False):
+            carry, loss = step(carry, batch)
+            losses.append(loss)
+            last = number == numbers[-1]
+            if number % STEPS_BETWEEN_POINTS == 0 or last:
+                curve.append((number, float(np.mean(jax.device_get(losses)))))
+                progress.set_postfix(loss=f"{curve[-1][1]:.3f}", refresh=False)
+                progress.update(len(losses) * len(batch.label))
+                losses = []
+            if saved is not None:  # it knows in which steps to save
+                saved.save(number, args=ocp.args.StandardSave(carry), force=last)
+                if not last and saved.reached_preemption(number):  # and so it did
+                    saved.close()
+                    sys.exit(f"Saved step {number} because of SIGTERM: start again.")
+    return carry, curve
+
+
+def say(text: str) -> None:
+    """Prints on process 0 alone."""
+    if jax.process_index() == 0:
+        print(text, flush=True)
+
+
+def held_out(params: Params, test: Batch) -> str:
+    """How good the model is on other digits, computed on all devices."""
+
+    def both(params: Params) -> tuple[jax.Array, jax.Array]:
+        right = (logits(params, test) > 0) == (test.label > 0)
+        return loss_fn(params, test), jnp.mean(right, dtype=jnp.float32)
+
+    # The weights are on all devices; so is the result.
+    evaluate = jax.jit(both, out_shardings=params["output"].sharding)
+    loss, accuracy = jax.device_get(evaluate(params))
+    return f"Held out: log loss {loss:.4f}, {accuracy:.1%} of digits right."
+
+
+def plot(curve: list[tuple[int, float]], path: str) -> None:
+    """Draws the loss."""
+    from matplotlib.figure import Figure  # here, as only one process needs it
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(*np.transpose(curve))
+    axes.set(xlabel="step", ylabel="log loss", title="Is the digit odd?")
+    figure.savefig(path, dpi=120)
+
+
+def join(args: argparse.Namespace) -> None:
+    """Joins the cluster, or ends with a message if its coordinator is not up."""
+    if args.cpu_devices:
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", args.cpu_devices)
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    number, address = args.process_id, args.coordinator
+    if number:
+        print(f"Process {number} waits for {address}.", file=sys.stderr, flush=True)
+    try:
+        wait_for_coordinator(address, process_id=number, deadline=args.deadline)
+    except (TimeoutError, ValueError) as error:
+        sys.exit(str(error))
+    jax.distributed.initialize(
+        address,
+        num_processes=args.num_processes,
+        process_id=number,
+        initialization_timeout=math.ceil(args.deadline),
+        heartbeat_timeout_seconds=args.heartbeat_timeout,
+    )
+
+
+def start_processes(number: int) -> int:
+    """Runs this program in processes of this machine; returns an exit status."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the stack unwinds
+    with contextlib.ExitStack() as stack:
+        # Bound to the end, the port is given to nobody else; only process 0 listens.
+        reserved = stack.enter_context(socket.socket())
+        reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        reserved.bind(("127.0.0.1", 0))
+        command = [sys.executable, *sys.argv, "--num-processes", str(number)]
+        command += ["--coordinator", f"127.0.0.1:{reserved.getsockname()[1]}"]
+        command += ["--cpu-devices", str(LOCAL_DEVICES // number)]
+        processes = []
+        for process_id in range(number):
+            process = subprocess.Popen([*command, "--process-id", str(process_id)])
+            stack.callback(process.kill)  # JAX takes SIGTERM as a mere notice
+            processes.append(process)
+        statuses = [process.wait() for process in processes]
+    for process_id, status in enumerate(statuses):
+        if status:
+            name = signal.Signals(-status).name if status < 0 else f"status {status}"
+            print(f"Process {process_id} ended with {name}.", file=sys.stderr)
+    return int(any(statuses))
+
+
+def parse_args() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--processes", type=int, default=2, help="to start on this machine")
+    add("--coordinator", metavar="HOST:PORT", help="join this cluster instead")
+    add("--process-id", type=int, help="of this process in the cluster, from 0")
+    add("--num-processes", type=int, help="of the whole cluster")
+    add("--cpu-devices", type=int, help="virtual CPU devices in this process")
+    add("--deadline", type=float, default=300.0, help="seconds to start up")
+    add("--heartbeat-timeout", type=int, default=30, help="seconds to miss a process")
+    add("--optimizer", choices=OPTIMIZERS, default="adamom")
+    add("--dense", action="store_true", help="dense gradients")
+    add("--dim", type=int, default=16, help="columns of a table")
+    add("--steps", type=int, default=100)
+    add("--batch-size", type=int, default=64)
+    add("--seed", type=int, default=0, help="weights and mini-batches")
+    add("--checkpoint-dir", metavar="PATH", help="default: no checkpoints")
+    add("--checkpoint-every", type=int, default=20, metavar="STEPS")
+    add("--quick", action="store_true", help="at most 20 steps")
+    add("--plot", metavar="PATH", default="train_multihost.png")
+    args = parser.parse_args()
+    args.steps = min(args.steps, 20) if args.quick else args.steps
+    for option in ("dim", "steps", "batch_size", "checkpoint_every", "processes"):
+        if getattr(args, option) < 1:
+            flag = option.replace("_", "-")
+            parser.error(f"--{flag} must be at least 1, not {getattr(args, option)}")
+    if not args.coordinator and LOCAL_DEVICES % args.processes:
+        parser.error(f"--processes must divide {LOCAL_DEVICES}, not {args.processes}")
+    if args.coordinator and None in (args.process_id, args.num_processes):
+        parser.error("--coordinator needs --process-id and --num-processes")
+    return args
+
+
+def main() -> None:
+    """Starts the processes of this machine, or is one of a cluster's."""
+    args = parse_args()
+    if not args.coordinator:
+        sys.exit(start_processes(args.processes))
+    join(args)
+    mesh = jax.make_mesh((jax.device_count(),), ("x",), axis_types=(AxisType.Auto,))
+    say(f"{jax.device_count()} devices in {jax.process_count()} processes.")
+    training, test = load_data()
+    make, rate = OPTIMIZERS[args.optimizer]
+    tx = monolith_optax.lazy_rows(make(rate))
+    init = functools.partial(init_params, args.dim, args.seed)
+    like = carry_like(tx, init, mesh)
+    step = make_step(tx, like, dense=args.dense)
+    saved = open_checkpoints(args.checkpoint_dir, args.checkpoint_every)
+    done, carry = first_carry(tx, init, like, saved)
+    say(f"Going on after step {done}." if done else "Starting at the beginning.")
+    stream = batches(training, args.batch_size, mesh, seed=args.seed, start=done)
+    numbers = range(done + 1, args.steps + 1)
+    (params, _), curve = train(step, carry, stream, numbers, saved)
+    if saved is not None:
+        saved.close()  # waits for what is still being written
+    say("\n" + held_out(params, test))
+    if jax.process_index() == 0 and curve:
+        plot(curve, args.plot)
+        print(f"Saved the loss curve as {args.plot}.")
+
+
+if __name__ == "__main__":
+    main()
