@@ -2,7 +2,9 @@
 
 import argparse
 import importlib
+import multiprocessing
 import os
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from benchmarks.measure import machine, write
@@ -33,15 +35,19 @@ def main() -> None:
     # most of all, as soon as there are not as many idle cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    print(", ".join(f"{name}: {fact}" for name, fact in machine().items()))
     cases = []
-    for name in args.names or NAMES:
-        for case in importlib.import_module(f"benchmarks.{name}").main(
-            quick=args.quick
-        ):
-            print(case.table(), flush=True)
-            cases.append(case)
-    write(cases, args.output)
+    # Each in a process of its own: frameworks keep the memory that they once had.
+    with ProcessPoolExecutor(
+        1, mp_context=multiprocessing.get_context("spawn"), max_tasks_per_child=1
+    ) as pool:
+        facts = pool.submit(machine).result()
+        print(", ".join(f"{name}: {fact}" for name, fact in facts.items()))
+        for name in args.names or NAMES:
+            module = importlib.import_module(f"benchmarks.{name}")
+            for case in pool.submit(module.main, quick=args.quick).result():
+                print(case.table(), flush=True)
+                cases.append(case)
+    write(cases, facts, args.output)
     print(f"\nWrote benchmarks.json to {args.output}")
 
 

@@ -115,22 +115,22 @@ def machine() -> dict[str, str]:
     return facts
 
 
-def write(cases: list[Case], folder: Path) -> None:
+def write(cases: list[Case], facts: dict[str, str], folder: Path) -> None:
     """Writes all figures as JSON, and a picture if Matplotlib is installed."""
     folder.mkdir(parents=True, exist_ok=True)
     results = [
         {"benchmark": case.benchmark, "case": case.name, "sides": case.rows()}
         for case in cases
     ]
-    text = json.dumps({"machine": machine(), "results": results}, indent=1)
+    text = json.dumps({"machine": facts, "results": results}, indent=1)
     (folder / "benchmarks.json").write_text(text + "\n")
     try:
-        draw(cases, folder / "benchmarks.png")
+        draw(cases, facts, folder / "benchmarks.png")
     except ImportError as error:
         print(f"\nNo picture: {error}")
 
 
-def draw(cases: list[Case], path: Path) -> None:
+def draw(cases: list[Case], facts: dict[str, str], path: Path) -> None:
     """A panel for each case: how long each side takes, as a ratio to ours."""
     import matplotlib.pyplot as plt
 
@@ -151,7 +151,6 @@ def draw(cases: list[Case], path: Path) -> None:
         axes.margins(x=0.2)
         axes.set_title(f"{case.benchmark}: {case.name}", fontsize=10)
         axes.axvline(1, color="tab:blue", linewidth=0.8)
-    facts = machine()
     figure.suptitle(
         f"Time relative to ours (blue). {facts['processor']}, {facts['cores']} cores"
     )
