@@ -16,8 +16,8 @@ def sum_duplicates(slices: RowSlices, num_rows: int) -> RowSlices:
     There are as many ids as before. The places of padding, and of all but one of the
     occurrences of an id, hold distinct ids beyond the table and rows of zeros.
     """
-    ids = wide_ids(replicated(slices.ids)).reshape(-1)
-    rows = replicated(slices.rows).reshape(-1, *slices.row_shape)
+    ids = replicated(wide_ids(slices.ids)).reshape(-1)
+    rows = replicated(slices.rows).reshape(len(ids), *slices.row_shape)
     here = jnp.arange(len(ids), dtype=ids.dtype)
     places = _one_place_each(ids, (ids >= 0) & (ids < num_rows))
     return RowSlices(

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from monolith_optax._rows import RowSlices, beyond_not_below
+from monolith_optax._rows import RowSlices, beyond_not_below, fitting
 from monolith_optax._shardings import rows_sharding
 
 
@@ -106,7 +106,8 @@ class _Table:
         self.ids: list[jax.Array] = []
 
     def __getitem__(self, ids: Any) -> jax.Array:
-        ids = jnp.asarray(ids) if not isinstance(ids, tuple | slice) else ids
+        if not isinstance(ids, tuple | slice):
+            ids = jnp.asarray(fitting(ids))
         if not hasattr(ids, "dtype") or not jnp.issubdtype(ids.dtype, jnp.integer):
             raise ValueError(
                 f"A table is looked up by an array of integer ids, not by {ids!r}."

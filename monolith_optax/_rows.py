@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 from monolith_optax._shardings import explicit_sharding, replicated
@@ -74,7 +75,7 @@ class RowSlices:
                 f"Rows of shape {self.row_shape} cannot be added to a table of shape "
                 f"{table.shape}."
             )
-        ids = beyond_not_below(replicated(self.ids), len(table))
+        ids = replicated(beyond_not_below(self.ids, len(table)))
         return table.at[ids].add(
             replicated(self.rows).astype(table.dtype),
             mode="drop",
@@ -108,9 +109,14 @@ class RowSlices:
             )
         [row_shape] = row_shapes
         return RowSlices(
-            jnp.concatenate([replicated(part.ids).reshape(-1) for part in slices]),
             jnp.concatenate(
-                [replicated(part.rows).reshape(-1, *row_shape) for part in slices]
+                [replicated(fitting(part.ids)).reshape(-1) for part in slices]
+            ),
+            jnp.concatenate(
+                [
+                    replicated(part.rows).reshape(np.size(part.ids), *row_shape)
+                    for part in slices
+                ]
             ),
         )
 
@@ -135,5 +141,21 @@ def beyond_not_below(ids: ArrayLike, num_rows: int) -> jax.Array:
 
 def wide_ids(ids: ArrayLike) -> jax.Array:
     """Ids in a dtype that also holds what is beyond a table."""
-    ids = jnp.asarray(ids)
+    ids = jnp.asarray(fitting(ids))
+    if not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise ValueError(
+            f"The ids of RowSlices have become {ids.dtype}: a transformation outside "
+            "of lazy_rows has mapped over them. Put it inside: "
+            "lazy_rows(optax.chain(...))."
+        )
     return ids.astype(jnp.int64 if ids.dtype.itemsize == 8 else jnp.int32)
+
+
+def fitting(ids: ArrayLike) -> ArrayLike:
+    """Ids of which JAX, where it has no 64 bits, would cut none to one of the table."""
+    cut = jax.dtypes.canonicalize_dtype(np.int64) == np.int32
+    if not (isinstance(ids, np.ndarray) and ids.dtype.itemsize == 8 and cut):
+        return ids
+    return np.where((ids < 0) | (ids > np.iinfo(np.int32).max), -1, ids).astype(
+        np.int32
+    )

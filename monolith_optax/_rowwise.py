@@ -89,14 +89,15 @@ def _is_accumulator(node: Any) -> bool:
 
 
 def gather(place: Any, table: jax.Array) -> jax.Array:
-    """The rows at some places, any row for those beyond; or all of an array."""
+    """The rows at some places, zeros beyond the table; or all of an array."""
     if place is ALL:
         return table
     return (
         jnp.asarray(table)
         .at[place.ids]
         .get(
-            mode="clip",
+            mode="fill",
+            fill_value=0,
             unique_indices=True,
             out_sharding=rows_sharding(table, place.ids),
         )

@@ -72,7 +72,7 @@ def test_goes_on_where_monolith_stopped(name, wrapper, is_compact):
     )
     print(f"{name}, {wrapper}{', compact_c' * is_compact}: {worst:.1e}")
     assert worst <= 2e-6
-    assert optax.tree.get_all_with_path(state, "count")
+    assert optax.tree.get_all_with_path(state, "count")  # all of them are of steps
     for _, count in optax.tree.get_all_with_path(state, "count"):
         assert count == 6
         assert count.dtype == jnp.int32
@@ -229,3 +229,53 @@ def test_counts_that_differ_have_no_global_step():
     b = AdamomState(b.count + 1, {}, {}, {})
     with pytest.raises(ValueError, match="counts of steps that differ, 0 and 1"):
         export_slots({"w": jnp.zeros(1)}, (a, b))
+
+
+def test_what_is_not_monoliths_stays_as_it_is():
+    make = OPTIMIZERS["adamom"]
+    others = optax.chain(
+        optax.inject_hyperparams(optax.scale_by_learning_rate)(
+            optax.linear_schedule(0.1, 0.0, 100)
+        ),
+        optax.scale_by_schedule(optax.constant_schedule(1.0)),
+        optax.contrib.reduce_on_plateau(accumulation_size=5),
+    )
+    tx = optax.chain(make(), optax.scale_by_adam(), others)
+    before = tx.init(zeros())
+    _, (ours, adam, (injected, scheduled, plateau)) = import_slots(
+        truth("adamom", 6), zeros(), before
+    )
+    assert (ours.count, injected.count, scheduled.count) == (6, 6, 6)
+    assert optax.tree.get(injected.hyperparams_states, "count") == 6
+    assert (adam.count, plateau.count) == (0, 0)
+    moved = before[0]._replace(count=ours.count), adam, (injected, scheduled, plateau)
+    assert export_slots(zeros(), moved)["global_step"] == 6
+
+
+def test_shapes_alone_do_not_stand_for_what_tensorflow_does_not_have():
+    tx = optax.inject_hyperparams(adamom)(learning_rate=0.1)
+    shapes = jax.eval_shape(tx.init, zeros())
+    with pytest.raises(ValueError, match=r"learning_rate.*is a shape alone"):
+        import_slots(truth("adamom", 6), zeros(), shapes)
+
+
+def test_states_of_an_ensemble_are_refused():
+    ensemble = jax.tree.map(lambda x: jnp.stack([x, x]), zeros())
+    state = jax.vmap(adamom().init)(ensemble)
+    with pytest.raises(ValueError, match=r"count has the shape \(2,\)"):
+        import_slots(truth("adamom", 6), ensemble, state)
+    with pytest.raises(ValueError, match=r"count has the shape \(2,\)"):
+        export_slots(ensemble, state)
+
+
+def test_a_parameter_that_is_called_as_the_global_step():
+    params = {"global_step": jnp.zeros(())}
+    with pytest.raises(ValueError, match=r"same name: \['global_step'\]"):
+        export_slots(params, adamom().init(params))
+
+
+def test_nothing_is_shared_with_what_is_exported():
+    params = {"w": np.ones(3, np.float32)}
+    tensors = export_slots(params, adamom().init(params))
+    params["w"][:] = 5
+    np.testing.assert_array_equal(tensors["w"], np.ones(3))

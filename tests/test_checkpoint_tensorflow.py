@@ -77,6 +77,14 @@ def test_a_saver_restores_what_is_written(tmp_path):
     np.testing.assert_array_equal(bias, truth("rmsprop", 6)["mlp/dense/bias"])
 
 
+def test_writes_in_graph_mode_too(tmp_path):
+    with tf.Graph().as_default():
+        write_tensorflow(tmp_path / "x", {"x": np.ones(3)})
+    np.testing.assert_array_equal(read_tensorflow(tmp_path / "x")["x"], np.ones(3))
+    with pytest.raises(ValueError, match="without a name"):
+        write_tensorflow(tmp_path / "y", {"": np.ones(3)})
+
+
 def test_narrow_dtypes_go_through(tmp_path):
     tensors = {
         "half": np.arange(3, dtype=np.float16),
@@ -149,3 +157,5 @@ def test_convert_there_and_back(tmp_path):
     again = run("convert", prefix("adamom"), there)
     assert again.returncode == 1
     assert "exists already" in again.stderr
+    folder = run("convert", FOLDER / "adamom", tmp_path / "other")
+    assert "give a prefix, such as" in folder.stderr

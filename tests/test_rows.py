@@ -402,3 +402,38 @@ def test_nothing_as_large_as_the_table_is_copied(name):
         and " copy(" in line
     ]
     assert copies == []
+
+
+def test_padding_sees_no_row_of_the_table():
+    """Not even the last one, and not even what is no number there."""
+    tx = lazy_rows(
+        optax.chain(adamom(0.1, mom_decay=0.0), optax.clip_by_global_norm(1.0))
+    )
+    params = {"table": jnp.ones((NUM_ROWS, DIM)), "dense": jnp.ones(2)}
+    state = tx.init(params)
+    ours, clip = state
+    m = ours.m | {"table": ours.m["table"].at[-1].set(jnp.nan)}
+    gradients = batch(np.array([1, 1, -1]))
+    updates, _ = tx.update(gradients, (ours._replace(m=m, v=m), clip), params)
+    chex.assert_tree_all_finite(updates["dense"])
+
+
+def test_ids_that_a_transformation_has_scaled_are_refused(params):
+    tx = optax.chain(lazy_rows(optax.scale_by_adam()), optax.scale(-0.1))
+    gradients = batch(np.array([7, 2]))
+    updates, _ = tx.update(gradients, tx.init(params), params)
+    with pytest.raises(ValueError, match="have become float32"):
+        optax.apply_updates(params, updates)
+
+
+def test_wide_ids_without_wide_integers_are_padding():
+    ids = np.array([2**32 + 3, -(2**63), 2**31, 1])
+    slices = RowSlices(ids, jnp.ones((4, 1)))
+    expected = [0, 1, 0, 0, 0]
+    assert slices.to_dense(5)[:, 0].tolist() == expected
+    both = RowSlices.concatenate([slices, slices])
+    assert both.to_dense(5)[:, 0].tolist() == [0, 2, 0, 0, 0]
+    updates, _ = LAZY_SGD.update(
+        slices, LAZY_SGD.init(jnp.zeros((5, 1))), jnp.zeros((5, 1))
+    )
+    assert (-updates.to_dense(5))[:, 0].tolist() == expected

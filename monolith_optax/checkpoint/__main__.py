@@ -82,6 +82,11 @@ def _is_slot(name: str, names: Mapping[str, Any]) -> bool:
 def convert(source: str, target: str) -> None:
     """Writes a checkpoint of one kind as one of the other."""
     to_tensorflow = Path(source).is_dir()
+    if found := sorted(Path(source).glob("*.index")):
+        raise ValueError(
+            f"{source} is a folder of TensorFlow checkpoints: give a prefix, such as "
+            f"{found[-1].with_suffix('')}."
+        )
     written = Path(f"{target}.index") if to_tensorflow else Path(target)
     if written.exists():
         raise FileExistsError(f"{written} exists already: name a new one.")
@@ -96,8 +101,10 @@ def convert(source: str, target: str) -> None:
             write_tensorflow(target, _tensors_in(checkpointer, source))
         else:
             tensors = dict(read_tensorflow(source))
-            if texts := [name for name, x in tensors.items() if x.dtype == object]:
-                raise ValueError(f"Orbax holds numbers alone, but {texts} are not.")
+            if bad := [
+                k for k, x in tensors.items() if x.dtype == object or not x.size
+            ]:
+                raise ValueError(f"Orbax holds numbers, but {bad} are texts or empty.")
             checkpointer.save(Path(target).absolute(), tensors)
             checkpointer.wait_until_finished()
     print(f"Wrote {target}")

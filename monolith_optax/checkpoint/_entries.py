@@ -7,6 +7,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from monolith_optax._checks import dtype_of
+
 GLOBAL_STEP = "global_step"
 
 
@@ -18,11 +20,17 @@ class MismatchError(ValueError):
 class Kept:
     """A leaf that TensorFlow does not know, such as a hyperparameter."""
 
+    path: str
     names: tuple[str, ...] = ()
 
     def read(self, tensors: Mapping[str, Any], leaf: Any) -> Any:
         """The leaf as it is."""
         del tensors
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            raise MismatchError(
+                f"state{self.path} is a shape alone, and TensorFlow has no number for "
+                "it: give a state from init."
+            )
         return leaf
 
     def write(self, leaf: Any) -> dict[str, np.ndarray]:
@@ -44,11 +52,12 @@ class Tensor:
 
     def read(self, tensors: Mapping[str, Any], leaf: Any) -> Any:
         """The tensor, where the leaf is."""
-        return placed(tensor(tensors, self.name, leaf.shape, leaf.dtype), leaf)
+        value = tensor(tensors, self.name, np.shape(leaf), dtype_of(leaf))
+        return placed(value, leaf)
 
     def write(self, leaf: Any) -> dict[str, np.ndarray]:
         """The leaf under its name."""
-        return {self.name: np.asarray(leaf)}
+        return {self.name: np.array(leaf, copy=isinstance(leaf, np.ndarray) or None)}
 
 
 @dataclass(frozen=True)
@@ -64,6 +73,7 @@ class Shared:
 
     def read(self, tensors: Mapping[str, Any], leaf: Any) -> Any:
         """The number that all entries of all slots are."""
+        _check_scalar("c", leaf)
         problems, numbers = [], {}
         for name, shape in self.shapes.items():
             try:
@@ -91,6 +101,7 @@ class Shared:
 
     def write(self, leaf: Any) -> dict[str, np.ndarray]:
         """Full slots."""
+        _check_scalar("c", leaf)
         number = np.asarray(leaf)
         return {
             name: np.full(shape, number, number.dtype)
@@ -106,6 +117,7 @@ class Count:
 
     def read(self, tensors: Mapping[str, Any], leaf: Any) -> Any:
         """The global step in the dtype of the count."""
+        _check_scalar("count", leaf)
         if GLOBAL_STEP not in tensors:
             raise MismatchError(f"{GLOBAL_STEP} is missing.")
         step = np.asarray(tensors[GLOBAL_STEP])
@@ -119,6 +131,7 @@ class Count:
 
     def write(self, leaf: Any) -> dict[str, np.ndarray]:
         """The count as TensorFlow has it."""
+        _check_scalar("count", leaf)
         return {GLOBAL_STEP: np.asarray(leaf, np.int64)}
 
 
@@ -143,10 +156,18 @@ def tensor(
 def placed(value: np.ndarray, leaf: Any) -> Any:
     """A copy of the value, on the devices of the leaf."""
     copy = np.array(value)
-    if isinstance(leaf, np.ndarray):
+    if isinstance(leaf, np.ndarray | np.generic):
         return copy
-    sharding = leaf.sharding if getattr(leaf, "committed", True) else None
-    return jax.device_put(copy, sharding)
+    committed = getattr(leaf, "committed", True)
+    return jax.device_put(copy, getattr(leaf, "sharding", None) if committed else None)
+
+
+def _check_scalar(name: str, leaf: Any) -> None:
+    if np.shape(leaf) != ():
+        raise MismatchError(
+            f"The state's {name} has the shape {np.shape(leaf)} instead of (), as "
+            "after jax.vmap: take one state at a time."
+        )
 
 
 def _describe(value: np.ndarray) -> str:

@@ -23,6 +23,13 @@ from monolith_optax.checkpoint._entries import (
 
 VariableNames: TypeAlias = Callable[[str], str] | Mapping[str, str] | None
 
+# States whose count is that of all steps and drives a schedule.
+_SCHEDULES = (
+    optax.ScaleByScheduleState,
+    optax.InjectHyperparamsState,
+    optax.InjectStatefulHyperparamsState,
+)
+
 # The name that TensorFlow gives to an optimizer's slots unless it is told another.
 _NAMES: dict[type, str] = {AdamomState: "Adamom", RmspropState: "Rmsprop"}
 
@@ -40,8 +47,9 @@ def import_slots(
 
     Every parameter and every slot of an `adamom` or `rmsprop` state, wherever it is in
     `state` (inside `optax.chain`, `named_chain`, `partition`, `masked`,
-    `inject_hyperparams`, `lazy_rows`, ...), is replaced, and every count of steps is
-    set to `global_step`. All else, such as hyperparameters, stays as it is.
+    `inject_hyperparams`, `lazy_rows`, ...), is replaced. Their counts of steps, and
+    those of optax's schedules, are set to `global_step`. All else, such as
+    hyperparameters or the state of other optimizers, stays as it is.
 
     Args:
       tensors: arrays by TensorFlow's names, such as `read_tensorflow` gives: a
@@ -49,7 +57,8 @@ def import_slots(
         and `/v`, and `global_step`.
       params: parameters of the wanted shapes, dtypes and shardings. Arrays, or the
         shapes that `jax.eval_shape` gives, which take no memory.
-      state: a state of the optimizer for these parameters, or its shapes.
+      state: a state of the optimizer for these parameters, or its shapes if there is
+        nothing in it that stays as it is.
       name: the name of the optimizer in TensorFlow. None: Adamom or Rmsprop.
       variable_names: from the path of a parameter to the name of its variable: a
         function, or a mapping of those whose name is not their path. The path is
@@ -156,23 +165,32 @@ def _entries(
 ) -> list[Entry]:
     """What stands for each leaf of `(params, state)`."""
     shapes = {
-        _path(path): leaf.shape for path, leaf in jax.tree.leaves_with_path(params)
+        _path(path): np.shape(leaf) for path, leaf in jax.tree.leaves_with_path(params)
     }
     variable = _variable_namer(variable_names, list(shapes))
 
     def of_state(path: Any, node: Any) -> Any:
         if _is_ours(node):
             return _entries_of(node, name or _NAMES[type(node)], variable, shapes)
-        return Count() if path[-1:] == (GetAttrKey("count"),) else Kept()
+        if isinstance(node, _SCHEDULES):
+            return _entries_of_schedule(node, of_tree)
+        return Kept(keystr(path))
+
+    def of_tree(tree: Any) -> Any:
+        return jax.tree.map_with_path(of_state, tree, is_leaf=_is_known)
 
     variables = jax.tree.map_with_path(lambda p, _: Tensor(variable(_path(p))), params)
-    slots = jax.tree.map_with_path(of_state, state, is_leaf=_is_ours)
-    if not any(map(_is_ours, jax.tree.leaves(state, is_leaf=_is_ours))):
+    slots = of_tree(state)
+    if not any(map(_is_ours, _nodes(state))):
         raise ValueError("The state has none of adamom or rmsprop in it.")
     entries: list[Entry] = jax.tree.leaves((variables, slots))
     uses = Counter(
-        used for entry in entries for used in entry.names if used != GLOBAL_STEP
+        used
+        for entry in entries
+        if not isinstance(entry, Count)
+        for used in entry.names
     )
+    uses[GLOBAL_STEP] += 1
     if twice := [used for used, times in uses.items() if times > 1]:
         raise ValueError(
             f"Several leaves of params and state have the same name: {twice}. Give "
@@ -208,6 +226,21 @@ def _entries_of(
     return state._replace(count=Count(), **{slot: tensors(slot) for slot in slots})
 
 
+def _entries_of_schedule(state: Any, of_tree: Callable[[Any], Any]) -> Any:
+    """What stands for each leaf of optax's schedules and what they hold."""
+
+    def of_hyperparameter(path: Any, _: Any) -> Entry:
+        counts = path[-1:] == (GetAttrKey("count"),)
+        return Count() if counts else Kept(keystr(path))
+
+    entries = {field: of_tree(getattr(state, field)) for field in state._fields}
+    if "hyperparams_states" in entries:
+        entries["hyperparams_states"] = jax.tree.map_with_path(
+            of_hyperparameter, state.hyperparams_states
+        )
+    return state._replace(**entries | {"count": Count()})
+
+
 def _variable_namer(names: VariableNames, paths: list[str]) -> Callable[[str], str]:
     if names is None:
         return lambda path: path
@@ -221,7 +254,7 @@ def _variable_namer(names: VariableNames, paths: list[str]) -> Callable[[str], s
 
 
 def _layout(tree: Any) -> Any:
-    return jax.tree.structure(tree), [leaf.shape for leaf in jax.tree.leaves(tree)]
+    return jax.tree.structure(tree), [np.shape(leaf) for leaf in jax.tree.leaves(tree)]
 
 
 def _path(path: Any) -> str:
@@ -230,3 +263,11 @@ def _path(path: Any) -> str:
 
 def _is_ours(node: Any) -> bool:
     return type(node) in _NAMES
+
+
+def _is_known(node: Any) -> bool:
+    return _is_ours(node) or isinstance(node, _SCHEDULES)
+
+
+def _nodes(state: Any) -> list[Any]:
+    return jax.tree.leaves(state, is_leaf=_is_ours)

@@ -96,20 +96,28 @@ def write_tensorflow(
       tensors: arrays by name.
 
     Raises:
-      ValueError: there are no tensors.
+      ValueError: there are no tensors, or one has no name.
+      OSError: the files cannot be written.
       ImportError: TensorFlow is not installed.
     """
     tf = _tensorflow()
-    if not tensors:
-        raise ValueError(f"There are no tensors to write to {os.fspath(prefix)}.")
+    if not tensors or "" in tensors:
+        what = "are no tensors" if not tensors else "is a tensor without a name"
+        raise ValueError(f"There {what} to write to {os.fspath(prefix)}.")
     Path(prefix).parent.mkdir(parents=True, exist_ok=True)
-    with tf.device("CPU"):
-        tf.raw_ops.SaveV2(
-            prefix=os.fspath(prefix),
-            tensor_names=list(tensors),
-            shape_and_slices=[""] * len(tensors),
-            tensors=[tf.constant(np.asarray(value)) for value in tensors.values()],
-        )
+    try:
+        # Also where TensorFlow is in its graph mode, which would only note the wish.
+        with tf.init_scope(), tf.device("CPU"):
+            if not tf.executing_eagerly():
+                raise ValueError("TensorFlow's eager execution is disabled: enable it.")
+            tf.raw_ops.SaveV2(
+                prefix=os.fspath(prefix),
+                tensor_names=list(tensors),
+                shape_and_slices=[""] * len(tensors),
+                tensors=[tf.constant(np.asarray(value)) for value in tensors.values()],
+            )
+    except tf.errors.OpError as error:
+        raise OSError(f"{os.fspath(prefix)} cannot be written: {error}") from error
 
 
 def _data_files(prefix: str) -> list[str]:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from monolith_optax.net._address import parse_address
+from monolith_optax.net._check import check_positive
 from monolith_optax.net._checker import run_to_end
 from monolith_optax.net._cluster import coordinator_addresses
 from monolith_optax.net._report import NodeReport, NodesDownError
@@ -49,6 +50,7 @@ def wait_for_coordinator(
 127.0.0.1:1, but it is not up: refused (Connection refused). Start process 0 there, or \
 allow it more time.
     """
+    check_positive(deadline=deadline, timeout=timeout)
     [address] = coordinator_addresses(address)
     parse_address(address)
     if process_id < 0:
