@@ -96,7 +96,8 @@ def write_tensorflow(
       tensors: arrays by name.
 
     Raises:
-      ValueError: there are no tensors, or one has no name.
+      ValueError: there are no tensors, or one has no name, or TensorFlow is in graph
+        mode.
       OSError: the files cannot be written.
       ImportError: TensorFlow is not installed.
     """
@@ -106,10 +107,12 @@ def write_tensorflow(
         raise ValueError(f"There {what} to write to {os.fspath(prefix)}.")
     Path(prefix).parent.mkdir(parents=True, exist_ok=True)
     try:
-        # Also where TensorFlow is in its graph mode, which would only note the wish.
         with tf.init_scope(), tf.device("CPU"):
-            if not tf.executing_eagerly():
-                raise ValueError("TensorFlow's eager execution is disabled: enable it.")
+            if not tf.executing_eagerly():  # nothing would be written, without an error
+                raise ValueError(
+                    "TensorFlow is in graph mode here: write outside of a tf.Graph, "
+                    "with eager execution enabled."
+                )
             tf.raw_ops.SaveV2(
                 prefix=os.fspath(prefix),
                 tensor_names=list(tensors),
