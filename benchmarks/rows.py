@@ -22,11 +22,11 @@ import numpy as np
 import optax
 
 from benchmarks.measure import Case, Side, interleave
+from benchmarks.steps import RATE, Step
 from monolith_optax import RowSlices, adamom, lazy_rows
 
 BATCH = 8192
 DIM = 16
-RATE = 1e-3
 
 # Takes a batch's ids and gradient, and returns the step to time.
 Batched = Callable[[np.ndarray, np.ndarray], Callable[[], object]]
@@ -40,10 +40,11 @@ def main(*, quick: bool) -> list[Case]:
 
 def compare(num_rows: int, quick: bool) -> Case:
     """Times all sides on one table of that many rows."""
-    ours = Ours(num_rows, lazy_rows(adamom(RATE)))
+    ours = jitted(lazy_rows(adamom(RATE)), num_rows)
+    adam = jitted(lazy_rows(optax.adam(RATE)), num_rows)
     sides: dict[str, Batched] = {
-        "lazy_rows(adamom)": ours,
-        "lazy_rows(optax.adam)": Ours(num_rows, lazy_rows(optax.adam(RATE))),
+        "lazy_rows(adamom)": batched(ours),
+        "lazy_rows(optax.adam)": batched(adam),
     }
     for title, peer in {
         "PyTorch, SparseAdam": sparse_adam,
@@ -55,8 +56,8 @@ def compare(num_rows: int, quick: bool) -> Case:
         except ImportError as error:
             print(f"{title} is left out: {error}")
     if num_rows <= 1_000_000:
-        sides["optax.adam, dense"] = Ours(num_rows, optax.adam(RATE), dense=True)
-        sides["adamom, dense"] = Ours(num_rows, adamom(RATE), dense=True)
+        for title, tx in ("optax.adam", optax.adam(RATE)), ("adamom", adamom(RATE)):
+            sides[f"{title}, dense"] = batched(jitted(dense(tx, num_rows), num_rows))
     data = batches(num_rows)
 
     def prepared(side: Batched) -> Side:
@@ -64,13 +65,11 @@ def compare(num_rows: int, quick: bool) -> Case:
 
     turns = {title: prepared(side) for title, side in sides.items()}
     times = interleave(turns, rounds=2 if quick else 20, runs=2 if quick else 10)
-    tables, temporary = ours.memory()
-    memory = {
-        "MB of table and slots": {"lazy_rows(adamom)": tables / 1e6},
-        "MB of temporaries": {"lazy_rows(adamom)": temporary / 1e6},
+    more = {
+        column: {"lazy_rows(adamom)": size} for column, size in memory(ours).items()
     }
     name = f"{num_rows:,} rows of {DIM}, {BATCH:,} Zipf ids"
-    return Case("rows", name, times, more=memory)
+    return Case("rows", name, times, more=more)
 
 
 def batches(num_rows: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -82,46 +81,38 @@ def batches(num_rows: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     return cycle(list(zip(scattered[ranks], rows, strict=True)))
 
 
-def wait_for(tree: Any) -> Any:
-    """The tree, once all of it is there."""
-    for leaf in jax.tree.leaves(tree):
-        leaf.block_until_ready()
-    return tree
+def dense(tx: optax.GradientTransformation, num_rows: int) -> Any:
+    """The optimizer on a table-sized gradient, which is summed in its step."""
+    summed = optax.stateless(lambda slices, _: slices.to_dense(num_rows))
+    return optax.chain(summed, tx)
 
 
-class Ours:
-    """A step of an optax optimizer on a table of ones, jitted and donated."""
+def jitted(tx: optax.GradientTransformation, num_rows: int) -> Step:
+    """The step on a table of ones; its batch is set for each run."""
+    slices = RowSlices(jnp.zeros(BATCH, jnp.int32), jnp.zeros((BATCH, DIM)))
+    return Step(tx, jnp.ones((num_rows, DIM)), slices)
 
-    def __init__(
-        self, num_rows: int, tx: optax.GradientTransformation, *, dense: bool = False
-    ) -> None:
-        """Makes the table, its slots and the step."""
 
-        def step(table: Any, state: Any, slices: Any) -> tuple[Any, Any]:
-            gradient = slices.to_dense(num_rows) if dense else slices
-            updates, state = tx.update(gradient, state, table)
-            return optax.apply_updates(table, updates), state
+def batched(step: Step) -> Batched:
+    """The step on one batch after the other."""
 
-        table = jnp.ones((num_rows, DIM))
-        self.carry = table, jax.jit(tx.init)(table)
-        self.step = jax.jit(step, donate_argnums=(0, 1))
+    def side(ids: np.ndarray, rows: np.ndarray) -> Callable[[], object]:
+        slices = RowSlices(jnp.asarray(ids, jnp.int32), jnp.asarray(rows))
+        step.gradients = jax.block_until_ready(slices)
+        return step
 
-    def __call__(self, ids: np.ndarray, rows: np.ndarray) -> Callable[[], object]:
-        """The step on a batch, which waits for the result."""
-        slices = wait_for(RowSlices(jnp.asarray(ids, jnp.int32), jnp.asarray(rows)))
+    return side
 
-        def run() -> None:
-            self.carry = wait_for(self.step(*self.carry, slices))
 
-        return run
-
-    def memory(self) -> tuple[int, int]:
-        """The bytes of table and slots, and those of temporaries."""
-        slices = RowSlices(jnp.zeros(BATCH, jnp.int32), jnp.zeros((BATCH, DIM)))
-        program = self.step.lower(*self.carry, slices).compile()
-        tables = sum(leaf.nbytes for leaf in jax.tree.leaves(self.carry))
-        analysis: Any = program.memory_analysis()
-        return tables, analysis.temp_size_in_bytes
+def memory(step: Step) -> dict[str, float]:
+    """Megabytes of table and slots, and of the compiled step's temporaries."""
+    program = step.jitted.lower(*step.carry, step.gradients).compile()
+    analysis: Any = program.memory_analysis()
+    return {
+        "MB of table and slots": sum(x.nbytes for x in jax.tree.leaves(step.carry))
+        / 1e6,
+        "MB of temporaries": analysis.temp_size_in_bytes / 1e6,
+    }
 
 
 def sparse_adam(num_rows: int) -> Batched:

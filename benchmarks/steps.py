@@ -40,7 +40,7 @@ class Step:
             return optax.apply_updates(params, updates), state
 
         params = jax.tree.map(lambda x: jnp.array(x, copy=True), params)
-        self.gradients = gradients
+        self.gradients: Any = gradients
         self.carry = params, jax.jit(tx.init)(params)
         self.jitted = jax.jit(step, donate_argnums=(0, 1))
 

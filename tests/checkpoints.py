@@ -47,3 +47,11 @@ def tree(leaf):
 def zeros():
     shapes = dict(zip(VARIABLES, [(4, 3), (3,), (10, 2)], strict=True))
     return tree(lambda variable: jnp.zeros(shapes[variable]))
+
+
+def assert_same(actual, expected):
+    """Names, dtypes and every bit."""
+    assert sorted(actual) == sorted(expected)
+    for name, array in expected.items():
+        assert actual[name].dtype == array.dtype, name
+        np.testing.assert_array_equal(actual[name], array, err_msg=name)

@@ -35,18 +35,13 @@ def main(folder, steps, result):
         done = manager.latest_step() or 0
         print("resumes after", done, flush=True)
         if done:
-            target = ocp.args.StandardRestore(jax.tree.map(as_template, run))
-            run = manager.restore(done, args=target)
+            run = manager.restore(done, args=ocp.args.StandardRestore(run))
             assert run[0]["table"].sharding.is_equivalent_to(rows, 2)
         for number in range(done + 1, steps + 1):
             run = step(*run, number)
             manager.save(number, args=ocp.args.StandardSave(run))
         manager.wait_until_finished()
     np.savez(result, *map(np.asarray, jax.tree.leaves(run)))
-
-
-def as_template(leaf):
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
 
 
 if __name__ == "__main__":

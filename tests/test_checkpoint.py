@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from checkpoints import OPTIMIZERS, gradients, tree, truth, zeros
+from checkpoints import OPTIMIZERS, assert_same, gradients, tree, truth, zeros
 from jax.sharding import NamedSharding, PartitionSpec
 
 from monolith_optax import AdamomState, RowSlices, adamom, lazy_rows, rmsprop
@@ -41,13 +41,6 @@ def proceed(tx, params, state, name):
         updates, state = step(gradients(name, number), state, params)
         params = optax.apply_updates(params, updates)
     return params, state
-
-
-def assert_same(actual, expected):
-    assert sorted(actual) == sorted(expected)
-    for name, array in expected.items():
-        assert actual[name].dtype == array.dtype, name
-        np.testing.assert_array_equal(actual[name], array, err_msg=name)
 
 
 @pytest.mark.parametrize("is_compact", [False, True])

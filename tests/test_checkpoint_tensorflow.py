@@ -6,7 +6,7 @@ import sys
 
 import numpy as np
 import pytest
-from checkpoints import FOLDER, OPTIMIZERS, prefix, truth, zeros
+from checkpoints import FOLDER, OPTIMIZERS, assert_same, prefix, truth, zeros
 
 from monolith_optax.checkpoint import (
     export_slots,
@@ -17,13 +17,6 @@ from monolith_optax.checkpoint import (
 
 tf = pytest.importorskip("tensorflow", reason="the extra 'tf' is not installed")
 pytestmark = pytest.mark.filterwarnings("default::DeprecationWarning")
-
-
-def assert_same(actual, expected):
-    assert sorted(actual) == sorted(expected)
-    for name, array in expected.items():
-        assert actual[name].dtype == array.dtype, name
-        np.testing.assert_array_equal(actual[name], array, err_msg=name)
 
 
 def run(*arguments):

@@ -181,7 +181,7 @@ def _entries(
 
     variables = jax.tree.map_with_path(lambda p, _: Tensor(variable(_path(p))), params)
     slots = of_tree(state)
-    if not any(map(_is_ours, _nodes(state))):
+    if not any(map(_is_ours, jax.tree.leaves(state, is_leaf=_is_ours))):
         raise ValueError("The state has none of adamom or rmsprop in it.")
     entries: list[Entry] = jax.tree.leaves((variables, slots))
     uses = Counter(
@@ -233,12 +233,13 @@ def _entries_of_schedule(state: Any, of_tree: Callable[[Any], Any]) -> Any:
         counts = path[-1:] == (GetAttrKey("count"),)
         return Count() if counts else Kept(keystr(path))
 
-    entries = {field: of_tree(getattr(state, field)) for field in state._fields}
-    if "hyperparams_states" in entries:
-        entries["hyperparams_states"] = jax.tree.map_with_path(
-            of_hyperparameter, state.hyperparams_states
-        )
-    return state._replace(**entries | {"count": Count()})
+    def of_field(field: str) -> Any:
+        value = getattr(state, field)
+        if field == "hyperparams_states":
+            return jax.tree.map_with_path(of_hyperparameter, value)
+        return Count() if field == "count" else of_tree(value)
+
+    return state._replace(**{field: of_field(field) for field in state._fields})
 
 
 def _variable_namer(names: VariableNames, paths: list[str]) -> Callable[[str], str]:
@@ -267,7 +268,3 @@ def _is_ours(node: Any) -> bool:
 
 def _is_known(node: Any) -> bool:
     return _is_ours(node) or isinstance(node, _SCHEDULES)
-
-
-def _nodes(state: Any) -> list[Any]:
-    return jax.tree.leaves(state, is_leaf=_is_ours)
