@@ -8,24 +8,24 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from monolith_optax._adamom import AdamomState as AdamomState
-    from monolith_optax._adamom import adamom as adamom
-    from monolith_optax._lazy_rows import lazy_rows as lazy_rows
-    from monolith_optax._lookups import value_and_row_grad as value_and_row_grad
-    from monolith_optax._rmsprop import RmspropState as RmspropState
-    from monolith_optax._rmsprop import rmsprop as rmsprop
-    from monolith_optax._rows import RowSlices as RowSlices
+    from monolith_optax._optimizers.adamom import AdamomState as AdamomState
+    from monolith_optax._optimizers.adamom import adamom as adamom
+    from monolith_optax._optimizers.rmsprop import RmspropState as RmspropState
+    from monolith_optax._optimizers.rmsprop import rmsprop as rmsprop
+    from monolith_optax._rows.gradients import value_and_row_grad as value_and_row_grad
+    from monolith_optax._rows.lazy import lazy_rows as lazy_rows
+    from monolith_optax._rows.slices import RowSlices as RowSlices
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "AdamomState": "_adamom",
-    "adamom": "_adamom",
-    "RmspropState": "_rmsprop",
-    "rmsprop": "_rmsprop",
-    "RowSlices": "_rows",
-    "lazy_rows": "_lazy_rows",
-    "value_and_row_grad": "_lookups",
+    "AdamomState": "_optimizers.adamom",
+    "adamom": "_optimizers.adamom",
+    "RmspropState": "_optimizers.rmsprop",
+    "rmsprop": "_optimizers.rmsprop",
+    "RowSlices": "_rows.slices",
+    "lazy_rows": "_rows.lazy",
+    "value_and_row_grad": "_rows.gradients",
 }
 
 __all__ = [

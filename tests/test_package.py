@@ -47,7 +47,7 @@ def test_version_and_types_are_in_the_distribution():
 
 
 def test_private_optax_is_imported_nowhere():
-    sources = [*PACKAGE.rglob("*.py"), *Path(__file__).parents[1].glob("*/*.py")]
+    sources = [*PACKAGE.rglob("*.py"), *Path(__file__).parents[1].glob("*/**/*.py")]
     assert len(sources) > 10
     for source in sources:
         for node in ast.walk(ast.parse(source.read_text())):

@@ -9,8 +9,8 @@ import numpy as np
 import optax
 from jax.tree_util import GetAttrKey, keystr
 
-from monolith_optax._adamom import AdamomState
-from monolith_optax._rmsprop import RmspropState
+from monolith_optax._optimizers.adamom import AdamomState
+from monolith_optax._optimizers.rmsprop import RmspropState
 from monolith_optax.checkpoint._entries import (
     GLOBAL_STEP,
     Count,

@@ -7,7 +7,7 @@ import numpy as np
 
 import monolith_optax
 
-FOLDER = Path(__file__).parent / "data" / "checkpoints"
+FOLDER = Path(__file__).parents[1] / "data" / "checkpoints"
 RATES = {"learning_rate": 0.05, "epsilon": 1e-6, "weight_decay": 0.01}
 ADAMOM = RATES | {"ada_decay": 0.99, "mom_decay": 0.9}
 RMSPROP = RATES | {"beta1": 0.9, "beta2": 0.99}

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from monolith_optax import _checks, _slots
+from monolith_optax._optimizers import base, checks
 
 
 class AdamomState(NamedTuple):
@@ -35,7 +35,7 @@ def adamom(
     weight_decay: ArrayLike = 0.0,
     *,
     use_v2: bool = False,
-    weight_decay_mask: _checks.Mask = None,
+    weight_decay_mask: checks.Mask = None,
     slot_dtype: DTypeLike | None = None,
     compact_c: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
@@ -106,19 +106,19 @@ def adamom(
       Embedding Table <https://arxiv.org/abs/2209.07663>`_, 2022, and the kernel
       `ResourceApplyAdamom` of `Monolith <https://github.com/bytedance/monolith>`_.
     """
-    _checks.check_learning_rate(learning_rate)
-    _checks.check_hyperparameter("ada_decay", ada_decay, high=1)
-    _checks.check_hyperparameter("mom_decay", mom_decay, high=1)
-    _checks.check_hyperparameter("epsilon", epsilon)
-    _checks.check_hyperparameter("weight_decay", weight_decay)
-    _checks.check_weight_decay_mask(weight_decay_mask)
-    _checks.check_slot_dtype(slot_dtype)
+    checks.check_learning_rate(learning_rate)
+    checks.check_hyperparameter("ada_decay", ada_decay, high=1)
+    checks.check_hyperparameter("mom_decay", mom_decay, high=1)
+    checks.check_hyperparameter("epsilon", epsilon)
+    checks.check_hyperparameter("weight_decay", weight_decay)
+    checks.check_weight_decay_mask(weight_decay_mask)
+    checks.check_slot_dtype(slot_dtype)
 
     def init(params: optax.Params) -> AdamomState:
-        _checks.check_params(params)
-        m = _slots.zeros(params, slot_dtype)
-        v = _slots.zeros(params, slot_dtype)
-        c = _slots.shared_zero(m) if compact_c else _slots.zeros(params, slot_dtype)
+        checks.check_params(params)
+        m = base.zeros(params, slot_dtype)
+        v = base.zeros(params, slot_dtype)
+        c = base.shared_zero(m) if compact_c else base.zeros(params, slot_dtype)
         return AdamomState(jnp.zeros([], jnp.int32), m, v, c)
 
     def update(
@@ -128,12 +128,12 @@ def adamom(
         **extra_args: Any,
     ) -> tuple[optax.Updates, AdamomState]:
         del extra_args
-        lr = _slots.learning_rate_at(learning_rate, state.count)
+        lr = base.learning_rate_at(learning_rate, state.count)
 
         def rule(
             g: jax.Array, m: jax.Array, v: jax.Array, c: jax.Array
         ) -> tuple[jax.Array, ...]:
-            alpha, ada, mom, eps = _slots.as_dtype(
+            alpha, ada, mom, eps = base.as_dtype(
                 g.dtype, lr, ada_decay, mom_decay, epsilon
             )
             m = mom * m + (1 - mom) * g
@@ -150,7 +150,7 @@ def adamom(
                 return -(m * alpha) / (jnp.sqrt(mean) + eps), m, v, c
             return -(m * alpha) * jax.lax.rsqrt(mean + eps), m, v, c
 
-        updates, slots = _slots.step(
+        updates, slots = base.step(
             rule,
             updates,
             {"m": state.m, "v": state.v, "c": state.c},

@@ -12,7 +12,7 @@ import pytest
 
 import monolith_optax
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parents[1] / "data"
 CASES = json.loads((DATA / "monolith_trajectories.json").read_text())
 ARRAYS = np.load(DATA / "monolith_trajectories.npz")
 

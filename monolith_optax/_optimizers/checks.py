@@ -15,7 +15,7 @@ import optax
 from jax.tree_util import keystr
 from jax.typing import ArrayLike, DTypeLike
 
-from monolith_optax._rows import RowSlices
+from monolith_optax._rows.slices import RowSlices
 
 Mask: TypeAlias = Any | Callable[[optax.Params], Any] | None
 

@@ -15,7 +15,7 @@ from jax.sharding import AxisType, Mesh
 
 from monolith_optax import adamom, lazy_rows, rmsprop
 
-PATH = Path(__file__).parents[1] / "examples" / "train_multihost.py"
+PATH = Path(__file__).parents[2] / "examples" / "train_multihost.py"
 DIM, BATCH, STEPS = 4, 16, 4
 # An epsilon that is not small beside the squared gradients: else a step has the same
 # length for any gradient, and what differs in its last bit grows from step to step.

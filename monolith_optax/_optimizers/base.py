@@ -10,7 +10,7 @@ import optax
 from jax.tree_util import keystr
 from jax.typing import ArrayLike, DTypeLike
 
-from monolith_optax import _checks
+from monolith_optax._optimizers import checks
 
 
 def compute_dtype(dtype: DTypeLike) -> np.dtype:
@@ -30,7 +30,7 @@ def zeros(params: optax.Params, slot_dtype: DTypeLike | None) -> optax.Params:
     """Zeros with the shape and sharding of each parameter."""
 
     def zero(param: ArrayLike) -> jax.Array:
-        wide = compute_dtype(_checks.dtype_of(param))
+        wide = compute_dtype(checks.dtype_of(param))
         return jnp.zeros_like(param, dtype=wide if slot_dtype is None else slot_dtype)
 
     return jax.tree.map(zero, params)
@@ -53,7 +53,7 @@ def learning_rate_at(learning_rate: optax.ScalarOrSchedule, count: jax.Array) ->
     if not callable(learning_rate):
         return learning_rate
     rate = learning_rate(count)
-    _checks.check_scalar("learning_rate", rate)
+    checks.check_scalar("learning_rate", rate)
     return rate
 
 
@@ -63,7 +63,7 @@ def step(
     slots: dict[str, Any],
     params: optax.Params | None,
     weight_decay: ArrayLike,
-    mask: _checks.Mask,
+    mask: checks.Mask,
     shared: str = "",
 ) -> tuple[optax.Updates, dict[str, Any]]:
     """Runs `(update, *slots) = rule(weight_decay * w + grad, *slots)` on every leaf.
@@ -73,19 +73,19 @@ def step(
     that they had. The slot named `shared` is one scalar that all leaves update alike.
     """
     first = next(iter(slots.values()))
-    _checks.check_gradients(gradients, slots, params, shared)
+    checks.check_gradients(gradients, slots, params, shared)
     like = gradients if params is None else params
     g = jax.tree.map(
         lambda g, slot: jnp.asarray(g, compute_dtype(slot.dtype)), gradients, first
     )
     # A weight decay of 0 that has become an array would be multiplied all the same.
-    if _checks.concrete(weight_decay) != 0:
+    if checks.concrete(weight_decay) != 0:
         g = _add_decayed_weights(g, params, weight_decay, mask)
 
     def leaf(g: jax.Array, like: ArrayLike, *old: jax.Array) -> tuple[jax.Array, ...]:
         update, *new = rule(g, *(jnp.asarray(slot, g.dtype) for slot in old))
         new = [n.astype(o.dtype) for n, o in zip(new, old, strict=True)]
-        return update.astype(_checks.dtype_of(like)), *new
+        return update.astype(checks.dtype_of(like)), *new
 
     count = len(jax.tree.leaves(first))
     columns = [
@@ -108,7 +108,7 @@ def _add_decayed_weights(
     gradients: optax.Updates,
     params: optax.Params | None,
     weight_decay: ArrayLike,
-    mask: _checks.Mask,
+    mask: checks.Mask,
 ) -> optax.Updates:
     if params is None:
         raise ValueError(
@@ -124,9 +124,9 @@ def _add_decayed_weights(
     return jax.tree.map(decay, _full_mask(mask, params), gradients, params)
 
 
-def _full_mask(mask: _checks.Mask, params: optax.Params) -> Any:
+def _full_mask(mask: checks.Mask, params: optax.Params) -> Any:
     """The mask as a bool for each parameter."""
-    if callable(mask) and _checks.is_leaf(mask):  # not a module that can be called
+    if callable(mask) and checks.is_leaf(mask):  # not a module that can be called
         mask = mask(params)
     try:
         full = jax.tree.broadcast(True if mask is None else mask, params)

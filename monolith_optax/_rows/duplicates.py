@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from monolith_optax._rows import RowSlices, wide_ids
-from monolith_optax._shardings import replicated
+from monolith_optax._rows.shardings import replicated
+from monolith_optax._rows.slices import RowSlices, wide_ids
 
 
 def sum_duplicates(slices: RowSlices, num_rows: int) -> RowSlices:

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 from jax.tree_util import keystr
 
-from monolith_optax._shardings import explicit_sharding, rows_sharding
+from monolith_optax._rows.shardings import explicit_sharding, rows_sharding
 
 
 class Places:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from monolith_optax import _checks, _slots
+from monolith_optax._optimizers import base, checks
 
 
 class RmspropState(NamedTuple):
@@ -34,7 +34,7 @@ def rmsprop(
     weight_decay: ArrayLike = 0.0,
     use_v2: bool = False,
     *,
-    weight_decay_mask: _checks.Mask = None,
+    weight_decay_mask: checks.Mask = None,
     slot_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Monolith's RMSprop optimizer.
@@ -111,18 +111,18 @@ def rmsprop(
       and the kernel `ResourceApplyRmsprop` of `Monolith
       <https://github.com/bytedance/monolith>`_.
     """
-    _checks.check_learning_rate(learning_rate)
-    _checks.check_hyperparameter("beta1", beta1, high=1)
-    _checks.check_hyperparameter("beta2", beta2, high=1)
-    _checks.check_hyperparameter("epsilon", epsilon)
-    _checks.check_hyperparameter("weight_decay", weight_decay)
-    _checks.check_weight_decay_mask(weight_decay_mask)
-    _checks.check_slot_dtype(slot_dtype)
+    checks.check_learning_rate(learning_rate)
+    checks.check_hyperparameter("beta1", beta1, high=1)
+    checks.check_hyperparameter("beta2", beta2, high=1)
+    checks.check_hyperparameter("epsilon", epsilon)
+    checks.check_hyperparameter("weight_decay", weight_decay)
+    checks.check_weight_decay_mask(weight_decay_mask)
+    checks.check_slot_dtype(slot_dtype)
 
     def init(params: optax.Params) -> RmspropState:
-        _checks.check_params(params)
-        m = _slots.zeros(params, slot_dtype)
-        v = _slots.zeros(params, slot_dtype)
+        checks.check_params(params)
+        m = base.zeros(params, slot_dtype)
+        v = base.zeros(params, slot_dtype)
         return RmspropState(jnp.zeros([], jnp.int32), m, v)
 
     def update(
@@ -132,10 +132,10 @@ def rmsprop(
         **extra_args: Any,
     ) -> tuple[optax.Updates, RmspropState]:
         del extra_args
-        lr = _slots.learning_rate_at(learning_rate, state.count)
+        lr = base.learning_rate_at(learning_rate, state.count)
 
         def rule(g: jax.Array, m: jax.Array, v: jax.Array) -> tuple[jax.Array, ...]:
-            alpha, b1, b2, eps = _slots.as_dtype(g.dtype, lr, beta1, beta2, epsilon)
+            alpha, b1, b2, eps = base.as_dtype(g.dtype, lr, beta1, beta2, epsilon)
             if use_v2:
                 v = b2 * v + g * g
                 m = b1 * m + g * alpha / (jnp.sqrt(v) + eps)
@@ -144,7 +144,7 @@ def rmsprop(
                 m = b1 * m + g * alpha * jax.lax.rsqrt(v + eps)
             return -m, m, v
 
-        updates, slots = _slots.step(
+        updates, slots = base.step(
             rule,
             updates,
             {"m": state.m, "v": state.v},

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from monolith_optax._rows import RowSlices, beyond_not_below, fitting
-from monolith_optax._shardings import rows_sharding
+from monolith_optax._rows.shardings import rows_sharding
+from monolith_optax._rows.slices import RowSlices, beyond_not_below, fitting
 
 
 def value_and_row_grad(

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from monolith_optax._shardings import explicit_sharding, replicated
+from monolith_optax._rows.shardings import explicit_sharding, replicated
 
 
 @jax.tree_util.register_pytree_with_keys_class

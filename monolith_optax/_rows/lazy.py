@@ -7,9 +7,15 @@ import numpy as np
 import optax
 from jax.tree_util import keystr
 
-from monolith_optax._duplicates import sum_duplicates
-from monolith_optax._rows import RowSlices
-from monolith_optax._rowwise import ALL, Places, check_rowwise, scatter, update_rows
+from monolith_optax._rows.duplicates import sum_duplicates
+from monolith_optax._rows.rowwise import (
+    ALL,
+    Places,
+    check_rowwise,
+    scatter,
+    update_rows,
+)
+from monolith_optax._rows.slices import RowSlices
 
 
 def lazy_rows(

@@ -45,7 +45,7 @@ def test_a_restored_run_goes_on_to_the_bit(tmp_path, name):
 
 
 def worker(folder, steps, result):
-    script = Path(__file__).with_name("orbax_worker.py")
+    script = Path(__file__).parents[1] / "helpers" / "orbax_worker.py"
     command = [sys.executable, script, folder, str(steps), result]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
