@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from monolith_optax._optimizers.checks import dtype_of
+from monolith_optax._leaves import dtype_of
 
 GLOBAL_STEP = "global_step"
 
