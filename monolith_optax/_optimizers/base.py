@@ -118,11 +118,15 @@ class _Optimizer:
             self.weight_decay.where(updates, params),
             *(kind.spread(old[name], updates) for name, kind in self.slots.items()),
         )
-        steps, new = jax.tree.transpose(
-            jax.tree.structure(updates), jax.tree.structure((0, self.slots)), results
-        )
-        for name, kind in self.slots.items():
-            new[name] = kind.joined(new[name], old[name])
+        treedef: Any = jax.tree.structure(updates)
+        results = treedef.flatten_up_to(results)
+        steps = treedef.unflatten([step for step, _ in results])
+        new = {
+            name: kind.joined(
+                treedef.unflatten([s[name] for _, s in results]), old[name]
+            )
+            for name, kind in self.slots.items()
+        }
         count = optax.safe_increment(state.count)
         return steps, self.state_type(count=count, **new)
 

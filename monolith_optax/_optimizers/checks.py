@@ -82,8 +82,7 @@ def check_trees(
     kinds: dict[str, Slot],
 ) -> None:
     """Accepts dense gradients, and params and slots that belong to them."""
-    like_params = [slots[name] for name, kind in kinds.items() if kind.per == "entry"]
-    reference = [*like_params, gradients if params is None else params][0]
+    reference = _reference(gradients, params, slots, kinds)
     problems = _mismatches("gradients", gradients, reference)
     if params is not None:
         problems += _mismatches("params", params, reference)
@@ -93,6 +92,23 @@ def check_trees(
         else:
             problems += _mismatches(f"state.{name}", slots[name], reference, kind)
     _raise_listed("Gradients, params and state do not belong together.", problems)
+
+
+def _reference(
+    gradients: optax.Updates,
+    params: optax.Params | None,
+    slots: dict[str, Any],
+    kinds: dict[str, Slot],
+) -> Any:
+    """The tree whose structure and shapes the others must have."""
+    trees = [gradients] if params is None else [params, gradients]
+    for name, kind in kinds.items():
+        if kind.per == "entry":
+            return slots[name]
+        if kind.per == "row":
+            structure: Any = jax.tree.structure(slots[name])
+            trees.sort(key=lambda tree: jax.tree.structure(tree) != structure)
+    return trees[0]
 
 
 def _mismatches(name: str, tree: Any, reference: Any, kind: Slot = _FULL) -> list[str]:

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
+from monolith_optax._leaves import concrete
 from monolith_optax._optimizers import checks
 from monolith_optax._optimizers.base import from_rule
 from monolith_optax._optimizers.slots import Slot
@@ -101,12 +102,11 @@ def adagrad(
         step = learning_rate / jnp.sqrt(jnp.where(norm > 0, norm, 1)) * moves
         return -step, slots._replace(norm=norm)
 
-    if bug_compatible:
-        decay = WeightDecay()
-        in_rule = {"weight_decay_factor": weight_decay_factor}
-    else:
-        decay = WeightDecay(weight_decay_factor, name="weight_decay_factor")
-        in_rule = {}
+    decay = WeightDecay(weight_decay_factor, name="weight_decay_factor")
+    in_rule = {}
+    has_bug = bug_compatible and concrete(weight_decay_factor) != 0
+    if has_bug:
+        decay, in_rule = WeightDecay(), {"weight_decay_factor": weight_decay_factor}
     return from_rule(
         rule,
         AdagradState,
@@ -114,7 +114,7 @@ def adagrad(
         nonnegative=in_rule,
         weight_decay=decay,
         slots={"norm": Slot(start=initial_accumulator_value)},
-        needs_params=bug_compatible,
+        needs_params=has_bug,
     )
 
 
