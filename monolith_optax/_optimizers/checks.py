@@ -106,8 +106,7 @@ def _reference(
         if kind.per == "entry":
             return slots[name]
         if kind.per == "row":
-            structure: Any = jax.tree.structure(slots[name])
-            trees.sort(key=lambda tree: jax.tree.structure(tree) != structure)
+            trees.sort(key=lambda t: bool(_mismatches(name, slots[name], t, kind)))
     return trees[0]
 
 
