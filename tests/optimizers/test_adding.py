@@ -39,9 +39,9 @@ def test_a_toy_optimizer_passes_every_contract(tmp_path):
             file.write_text(before.replace("ROWS = {\n", f"ROWS = {{\n{text}"))
         else:
             file.write_text((file.read_text() if file.exists() else "") + text)
-    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-k", "heavyball"]
+    command = [sys.executable, "-m", "pytest", "-q", "-n0", "--tb=short"]
     result = subprocess.run(
-        [*command, *CONTRACTS],
+        [*command, "-k", "heavyball", *CONTRACTS],
         cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": str(tmp_path)},
         capture_output=True,
