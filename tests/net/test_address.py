@@ -97,7 +97,7 @@ CLUSTER = {"worker": ["w0:1", "w1:1"], "chief": ["c:1"], "ps": ["p:1"], "evaluat
 
 def test_tf_config(monkeypatch):
     text = json.dumps({"cluster": CLUSTER, "task": {"type": "worker", "index": 0}})
-    everyone = ["c:1", "p:1", "w0:1", "w1:1"]
+    everyone = ["w0:1", "w1:1", "c:1", "p:1"]
     assert net.tf_config_addresses(text) == everyone
     assert net.tf_config_addresses(text, roles=["worker", "ps"]) == [
         "w0:1",

@@ -21,8 +21,8 @@ from monolith_optax.net import (
     NodeAliveChecker,
     Reason,
     TcpConnector,
-    _lookup,
-    _probe,
+    _connect,
+    _names,
     check_nodes,
     concat_ip_and_port,
 )
@@ -101,7 +101,7 @@ def nothing_left_behind(capfd):
     assert descriptors() == files
     assert threading.active_count() == threads
     children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
-    worker = [pid for pid in children if b"_lookup_worker" in cmdline(pid)]
+    worker = [pid for pid in children if b"_names_worker" in cmdline(pid)]
     assert worker == []
     assert capfd.readouterr() == ("", "")
 
@@ -212,7 +212,7 @@ def test_a_silent_first_address_does_not_hide_a_second(silent):
 
 
 def test_a_refusing_first_address_costs_no_delay(monkeypatch, listen):
-    monkeypatch.setattr(_probe, "ATTEMPT_DELAY", 60.0)
+    monkeypatch.setattr(_connect, "ATTEMPT_DELAY", 60.0)
     port = listen("127.0.0.2").rpartition(":")[2]
     assert connect(["127.0.0.3", "::1", "127.0.0.2"], port, timeout=30.0).alive
 
@@ -375,7 +375,7 @@ def test_cancellation_at_random_moments_leaves_nothing(alive, refused, silent):
 
 
 def test_a_lookup_process_that_dies_is_replaced(listen):
-    port = listen().rpartition(":")[2]
+    port = int(listen().rpartition(":")[2])
 
     async def run():
         async with TcpConnector() as connector:
@@ -393,8 +393,8 @@ def test_a_lookup_process_that_does_not_start_is_a_local_fault(
 ):
     if python == "/bin/cat":  # never says that it is up
         python = shutil.which("sleep")
-        monkeypatch.setattr(_lookup, "START_TIMEOUT", 0.3)
-        monkeypatch.setattr(_lookup, "_WORKER", "60")
+        monkeypatch.setattr(_names, "START_TIMEOUT", 0.3)
+        monkeypatch.setattr(_names, "_WORKER", "60")
         monkeypatch.setattr(subprocess, "Popen", without_options(subprocess.Popen))
     monkeypatch.setattr(sys, "executable", python)
     report = check(alive, "localhost:1")
@@ -416,11 +416,12 @@ def test_an_answer_counts_although_the_loop_was_held_up(alive):
 
 
 def test_a_shortage_here_is_not_blamed_on_the_node(monkeypatch):
-    async def fail(family, _):
-        number = errno.ENETUNREACH if family == socket.AF_INET6 else errno.EMFILE
+    def fail(address):
+        six = address[0] == socket.AF_INET6
+        number = errno.ENETUNREACH if six else errno.EMFILE
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(_probe, "_connect", fail)
+    monkeypatch.setattr(_connect, "_begin", fail)
     assert connect(["::1", "127.0.0.1"], 80).reason is Reason.LOCAL_FAULT
 
 
