@@ -134,9 +134,11 @@ class NameLookup:
             ) from error
 
     async def _ask(self, name: str) -> dict[str, Any]:
+        if self._writer is None:
+            raise _ended()
         if name not in self._answers:
             self._answers[name] = asyncio.get_running_loop().create_future()
-            if name != _STARTED and self._writer is not None:
+            if name != _STARTED:
                 self._writer.write(json.dumps(name).encode() + b"\n")
         # Whoever gives up must not end the lookup for others who wait for it.
         answer = await asyncio.shield(self._answers[name])
@@ -148,16 +150,15 @@ class NameLookup:
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
         """Hands out answers until the process ends; whoever still waits learns why."""
-        end: Exception
-        end = BrokenPipeError(errno.EPIPE, "the process that looks up names has ended")
+        end: Exception = _ended()
         try:
             async for line in reader:
                 answer = json.loads(line)
                 self._answers.pop(answer["name"]).set_result(answer)
         except OSError:
             pass  # it was killed before it had read everything
-        except Exception as fault:  # ours: whoever asked must not take it for an answer
-            end = fault
+        except Exception as fault:  # our own: nobody must take it for an answer
+            end = self._failure = fault
         self._writer = None
         for waiting in self._answers.values():
             waiting.set_result(end)
@@ -165,3 +166,7 @@ class NameLookup:
         writer.transport.abort()
         with contextlib.suppress(OSError):
             await writer.wait_closed()
+
+
+def _ended() -> OSError:
+    return BrokenPipeError(errno.EPIPE, "the process that looks up names has ended")

@@ -10,8 +10,6 @@ import shutil
 import subprocess
 import sys
 import textwrap
-import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -25,6 +23,10 @@ fd00:99::2 only-six
 fd00:99::2 dual-a
 10.99.0.2 dual-b
 {BLACK_HOLE6} dual-b
+"""
+HUNG_NAME_SERVER = f"""
+nameserver {BLACK_HOLE}
+options timeout:30 attempts:5
 """
 CABLE = f"""
 netns add {HERE}
@@ -48,12 +50,11 @@ with socket.create_server(("::", 2222), family=socket.AF_INET6, dualstack_ipv6=T
     time.sleep(600)
 """
 NEIGHBOURS_MET = """
-asyncio.run(wait_for_nodes(["10.99.0.2:2222", "[fd00:99::2]:2222"], deadline=30))
+asyncio.run(wait_for_nodes(["10.99.0.2:2222", "[fd00:99::2]:2222"], deadline=90))
 """
 PRELUDE = """
-import asyncio, os, sys, threading, time
+import asyncio, os, threading
 from monolith_optax.net import *
-start = time.monotonic()
 """
 
 
@@ -69,7 +70,7 @@ def laid_cable():
             ip(*line.split())
         settings.mkdir(parents=True)
         (settings / "hosts").write_text(HOSTS)
-        (settings / "resolv.conf").write_text(f"nameserver {BLACK_HOLE}\n")
+        (settings / "resolv.conf").write_text(HUNG_NAME_SERVER)
         yield settings
     finally:
         for name in (HERE, THERE):
@@ -104,13 +105,15 @@ def network():
         yield settings
 
 
+def start_here(code):
+    """Starts code on the host 'here'."""
+    return in_namespace(HERE, PRELUDE + textwrap.dedent(code))
+
+
 def run_here(code):
-    """Runs code on the host 'here'; returns the seconds that its process lived."""
-    start = time.monotonic()
-    with in_namespace(HERE, PRELUDE + textwrap.dedent(code)) as process:
-        output, _ = process.communicate(timeout=60)
+    with start_here(code) as process:
+        output, _ = process.communicate(timeout=100)
     assert process.returncode == 0, output
-    return time.monotonic() - start
 
 
 def test_reasons():
@@ -129,7 +132,7 @@ def test_reasons():
 def test_names_of_one_family_and_of_two():
     run_here("""
         names = ["only-six:2222", "dual-a:2222", "dual-b:2222"]
-        report = asyncio.run(check_nodes(names, timeout=10.0))
+        report = asyncio.run(check_nodes(names, timeout=60.0))
         assert report.all_alive, report
         # The silent address came first for one of the two.
         assert max(status.latency for status in report.results) >= 0.25, report.results
@@ -137,76 +140,83 @@ def test_names_of_one_family_and_of_two():
 
 
 def test_a_hung_name_server_costs_one_timeout_also_at_exit():
-    lived = run_here("""
+    # A lookup lasts 150 s, see HUNG_NAME_SERVER; run_here does not wait that long.
+    run_here("""
         names = [f"host{i}.example:1" for i in range(50)]
         before = len(os.listdir("/proc/self/fd"))
-        report = asyncio.run(check_nodes([*names, "10.99.0.2:2222"], timeout=1.0))
+        report = asyncio.run(check_nodes([*names, "10.99.0.2:2222"], timeout=0.5))
         assert report.alive == ["10.99.0.2:2222"], report
         assert {report[name].reason for name in names} == {Reason.TIMEOUT}
-        assert time.monotonic() - start < 5.0  # a name server hangs for longer
         assert len(os.listdir("/proc/self/fd")) == before
         assert threading.active_count() == 1
-        checker = NodeAliveChecker(names)
+        checker = NodeAliveChecker(names, timeout=0.5)
         assert checker.get_dead_nodes() == names
     """)
-    assert lived < 10.0
 
 
 def test_names_that_no_server_knows(network):
     (network / "resolv.conf").write_text("nameserver 127.0.0.1\n")  # refuses
     try:
         run_here("""
-            report = asyncio.run(check_nodes(["no-such-name:1", "only-six:2222"]))
+            names = ["no-such-name:1", "only-six:2222"]
+            report = asyncio.run(check_nodes(names, timeout=60.0))
             status = report["no-such-name:1"]
             assert status.reason is Reason.NAME_NOT_RESOLVED and status.message, report
             assert report.alive == ["only-six:2222"], report
         """)
     finally:
-        (network / "resolv.conf").write_text(f"nameserver {BLACK_HOLE}\n")
+        (network / "resolv.conf").write_text(HUNG_NAME_SERVER)
 
 
 def test_hundreds_of_hung_names_hold_up_no_other():
     run_here("""
-        names = [f"host{i}.example:1" for i in range(400)]
-        report = asyncio.run(check_nodes([*names, "only-six:2222"], timeout=2.0))
-        assert report.alive == ["only-six:2222"], str(report)[:300]
+        async def run():
+            async with TcpConnector() as connector:
+                names = (f"host{i}.example" for i in range(400))
+                hung = [asyncio.create_task(connector(name, 1)) for name in names]
+                await asyncio.sleep(0)
+                await connector("only-six", 2222)
+                assert not any(task.done() for task in hung)
+                for task in hung:
+                    task.cancel()
+                await asyncio.wait(hung)
+        asyncio.run(run())
     """)
 
 
+def set_cable(state):
+    ip("-n", THERE, "link", "set", "cable", state)
+
+
 def test_a_partition_that_heals_while_waiting():
-    ip("-n", THERE, "link", "set", "cable", "down")
-    heal = threading.Timer(1.5, ip, ["-n", THERE, "link", "set", "cable", "up"])
-    heal.start()
+    set_cable("down")
     try:
-        run_here("""
-            reports = []
+        with start_here("""
             report = asyncio.run(wait_for_nodes(
-                ["10.99.0.2:2222"], deadline=30.0, timeout=0.3,
-                on_progress=reports.append))
+                ["10.99.0.2:2222"], deadline=90.0, timeout=0.3,
+                on_progress=lambda report: print(report.dead, flush=True)))
             assert report.all_alive
-            assert len(reports) > 1, reports
-            assert reports[0].dead == ["10.99.0.2:2222"]
-        """)
+        """) as process:
+            assert process.stdout.readline() == "['10.99.0.2:2222']\n"
+            set_cable("up")
+            output, _ = process.communicate(timeout=100)
+        assert process.returncode == 0, output
     finally:
-        heal.join()
+        set_cable("up")
 
 
 def test_watching_a_partition_come_and_go():
-    down = threading.Timer(1.0, ip, ["-n", THERE, "link", "set", "cable", "down"])
-    up = threading.Timer(3.0, ip, ["-n", THERE, "link", "set", "cable", "up"])
-    down.start()
-    up.start()
     try:
-        run_here("""
+        with start_here("""
             async def watch():
-                seen = []
                 async for transition in watch_nodes(
-                        ["10.99.0.2:2222"], interval=0.2, timeout=0.3):
-                    seen.append(transition.alive)
-                    if len(seen) == 3:
-                        return seen
-            assert asyncio.run(watch()) == [True, False, True]
-        """)
+                        ["10.99.0.2:2222"], interval=0.05, timeout=0.3):
+                    print(transition.alive, flush=True)
+            asyncio.run(watch())
+        """) as process:
+            for seen, state in (("True", "down"), ("False", "up"), ("True", "up")):
+                assert process.stdout.readline() == f"{seen}\n"
+                set_cable(state)
+            process.kill()
     finally:
-        down.join()
-        up.join()
+        set_cable("up")
