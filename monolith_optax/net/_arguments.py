@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
-from monolith_optax.net._probe import Target, target
+from monolith_optax.net._probe import Target, parse_target
 
 
 def targets_of(addrs: Iterable[Any]) -> list[Target]:
@@ -15,7 +15,7 @@ def targets_of(addrs: Iterable[Any]) -> list[Target]:
         raise TypeError(
             f"Addresses must be strings, but they are {addresses!r}."
         ) from error
-    return [target(address) for address in distinct]
+    return [parse_target(address) for address in distinct]
 
 
 def check_iterable(addrs: Any) -> Iterable[Any]:

@@ -45,7 +45,7 @@ def tf_config_addresses(
         roles = list(nodes)
     if missing := [role for role in roles if role not in nodes]:
         raise ValueError(
-            f"TF_CONFIG has the roles {', '.join(nodes)}, but not {', '.join(missing)}."
+            f"roles must be among TF_CONFIG's {list(nodes)}, but {missing} are not."
         )
     return [address for role in roles for address in nodes[role]]
 

@@ -177,11 +177,11 @@ def _interleaved(addresses: list[SocketAddress]) -> list[SocketAddress]:
 
 
 # Happy Eyeballs (RFC 8305): attempts start one after the other, each `delay` seconds
-# after the one before or as soon as that has failed, and go on beside each other until
-# one succeeds. So an address that never answers costs one delay and not the timeout,
-# and an address that is slow still wins if all others are silent. The RFC has no bound
-# on open sockets. We have one: an attempt takes another socket only if nobody waits
-# for it, and otherwise the oldest attempt gives up its own.
+# after the one before or as soon as that has failed, and run beside each other until
+# one succeeds. So an address that never answers costs one delay, not the timeout, and
+# a slow address still wins if all others are silent. The RFC has no bound on open
+# sockets. We have one: an attempt takes another socket only if nobody waits for it,
+# and otherwise the oldest attempt gives up its own.
 async def _connect_to_any(
     addresses: list[SocketAddress], delay: float, sockets: asyncio.Semaphore
 ) -> None:

@@ -1,7 +1,7 @@
 """Looks up host names, as a program that can be killed while a lookup hangs.
 
-It reads one name a line from standard input, a socket, and writes one answer a line to
-the same socket, in any order. An answer for the empty name says that it has started.
+Standard input is a socket. It reads names from it, one on each line, and writes answers
+to it in any order. An answer for the empty name says that it has started.
 """
 
 import json

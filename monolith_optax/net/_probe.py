@@ -53,7 +53,7 @@ class Target(NamedTuple):
         return self.numeric is None and isinstance(self.parsed, Address)
 
 
-def target(given: Any) -> Target:
+def parse_target(given: Any) -> Target:
     try:
         parsed = parse_address(given)
     except ValueError as error:

@@ -143,17 +143,17 @@ class _Round:
         await self.sockets.acquire()
         start = self.clock()
         timeout = min(self.timeout, self.end - start)
-        probe: asyncio.Future[Any]
+        running: asyncio.Future[Any]
         # Another class may have a way of its own to connect.
         if numeric is not None and type(self.connector) is TcpConnector:
-            probe = attempt(numeric, timeout)
-            probe.add_done_callback(partial(self.settle, given, start, timeout))
-            self.attempts.append(probe)
+            running = attempt(numeric, timeout)
+            running.add_done_callback(partial(self.settle, given, start, timeout))
+            self.attempts.append(running)
         else:
-            probe = tasks.create_task(self.probe(given, address, timeout))
-        probe.add_done_callback(self.release)
+            running = tasks.create_task(self.in_task(given, address, timeout))
+        running.add_done_callback(self.release)
 
-    async def probe(self, given: Any, address: Address, timeout: float) -> None:
+    async def in_task(self, given: Any, address: Address, timeout: float) -> None:
         self.statuses[given] = await probe(
             given, address, self.connector, timeout, self.sockets
         )

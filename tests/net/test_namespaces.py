@@ -1,21 +1,18 @@
-"""The node checker across real networks, in namespaces that the tests make.
+"""The node checker across real networks, in namespaces that the tests make."""
 
-Two hosts: 'here', where the checker runs, and 'there', where a server listens. They
-are joined by one cable; nothing leaves the machine.
-"""
-
-import contextlib
-import os
-import shutil
-import subprocess
-import sys
 import textwrap
-from pathlib import Path
 
 import pytest
+from net_cable import (
+    BLACK_HOLE,
+    BLACK_HOLE6,
+    HERE,
+    NoNamespacesError,
+    set_cable,
+    start,
+    two_hosts,
+)
 
-HERE, THERE = f"mo{os.getpid()}h", f"mo{os.getpid()}t"
-BLACK_HOLE, BLACK_HOLE6 = "10.99.0.77", "fd00:99::77"
 HOSTS = f"""
 127.0.0.1 localhost
 fd00:99::2 only-six
@@ -28,86 +25,24 @@ HUNG_NAME_SERVER = f"""
 nameserver {BLACK_HOLE}
 options timeout:30 attempts:5
 """
-CABLE = f"""
-netns add {HERE}
-netns add {THERE}
--n {HERE} link set lo up
--n {HERE} link add cable type veth peer name cable netns {THERE}
--n {HERE} address add 10.99.0.1/24 dev cable
--n {HERE} address add fd00:99::1/64 dev cable nodad
--n {THERE} address add 10.99.0.2/24 dev cable
--n {THERE} address add fd00:99::2/64 dev cable nodad
--n {HERE} link set cable up
--n {THERE} link set cable up
--n {HERE} neighbour add {BLACK_HOLE} lladdr 02:00:00:00:00:77 dev cable nud permanent
--n {HERE} neighbour add {BLACK_HOLE6} lladdr 02:00:00:00:00:77 dev cable nud permanent
--n {HERE} route add unreachable 10.98.0.0/16
-"""
-SERVER = """
-import socket, time
-with socket.create_server(("::", 2222), family=socket.AF_INET6, dualstack_ipv6=True):
-    print("up", flush=True)
-    time.sleep(600)
-"""
-NEIGHBOURS_MET = """
-asyncio.run(wait_for_nodes(["10.99.0.2:2222", "[fd00:99::2]:2222"], deadline=90))
-"""
 PRELUDE = """
 import asyncio, os, threading
 from monolith_optax.net import *
 """
 
 
-def ip(*arguments):
-    subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True)
-
-
-@contextlib.contextmanager
-def laid_cable():
-    settings = Path("/etc/netns", HERE)
-    try:
-        for line in CABLE.strip().splitlines():
-            ip(*line.split())
-        settings.mkdir(parents=True)
-        (settings / "hosts").write_text(HOSTS)
-        (settings / "resolv.conf").write_text(HUNG_NAME_SERVER)
-        yield settings
-    finally:
-        for name in (HERE, THERE):
-            with contextlib.suppress(subprocess.CalledProcessError):
-                ip("netns", "delete", name)
-        shutil.rmtree(settings, ignore_errors=True)
-        with contextlib.suppress(OSError):
-            settings.parent.rmdir()
-
-
-def in_namespace(name, code):
-    """Starts Python in a namespace."""
-    command = ["ip", "netns", "exec", name, sys.executable, "-c", code]
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-
-
 @pytest.fixture(scope="module", autouse=True)
 def network():
-    if os.geteuid() != 0 or shutil.which("ip") is None:
-        pytest.skip("making network namespaces needs root and the program ip")
-    with contextlib.ExitStack() as stack:
-        try:
-            settings = stack.enter_context(laid_cable())
-        except (OSError, subprocess.CalledProcessError) as error:
-            pytest.skip(f"network namespaces cannot be made here: {error}")
-        server = stack.enter_context(in_namespace(THERE, SERVER))
-        stack.callback(server.kill)
-        assert server.stdout.readline() == "up\n"
-        run_here(NEIGHBOURS_MET)
-        yield settings
+    try:
+        with two_hosts(HOSTS, HUNG_NAME_SERVER) as settings:
+            yield settings
+    except NoNamespacesError as error:
+        pytest.skip(str(error))
 
 
 def start_here(code):
     """Starts code on the host 'here'."""
-    return in_namespace(HERE, PRELUDE + textwrap.dedent(code))
+    return start(HERE, PRELUDE + textwrap.dedent(code))
 
 
 def run_here(code):
@@ -182,10 +117,6 @@ def test_hundreds_of_hung_names_hold_up_no_other():
                 await asyncio.wait(hung)
         asyncio.run(run())
     """)
-
-
-def set_cable(state):
-    ip("-n", THERE, "link", "set", "cable", state)
 
 
 def test_a_partition_that_heals_while_waiting():
