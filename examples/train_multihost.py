@@ -282,9 +282,9 @@ def join(addresses: list[str], args: argparse.Namespace) -> None:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", args.cpu_devices)
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
-        # In an all-reduce of several arrays, a device that lost its peer continues with
-        # the next array. Gloo then ends the process for a "collective mismatch" before
-        # JAX can say which process was lost. So let each array have its own all-reduce.
+        # In an all-reduce of several arrays, a device that lost its peer seems to go to
+        # the next array. Gloo then ends the process for a "collective mismatch", before
+        # JAX can say which process was lost. So each array gets its own all-reduce.
         flags = os.environ.get("XLA_FLAGS", "")
         flags += " --xla_disable_hlo_passes=all-reduce-combiner"
         os.environ["XLA_FLAGS"] = flags
