@@ -8,6 +8,8 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from monolith_optax._ids.id_map import IdMap as IdMap
+    from monolith_optax._ids.raw import split_ids as split_ids
     from monolith_optax._optimizers.adamom import AdamomState as AdamomState
     from monolith_optax._optimizers.adamom import adamom as adamom
     from monolith_optax._optimizers.rmsprop import RmspropState as RmspropState
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "IdMap": "_ids.id_map",
+    "split_ids": "_ids.raw",
     "AdamomState": "_optimizers.adamom",
     "adamom": "_optimizers.adamom",
     "RmspropState": "_optimizers.rmsprop",
@@ -30,11 +34,13 @@ _HOME = {
 
 __all__ = [
     "AdamomState",
+    "IdMap",
     "RmspropState",
     "RowSlices",
     "adamom",
     "lazy_rows",
     "rmsprop",
+    "split_ids",
     "value_and_row_grad",
 ]
 
