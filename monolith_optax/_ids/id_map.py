@@ -139,7 +139,7 @@ class IdMap:
         self, which: np.ndarray, ids: np.ndarray, rows: np.ndarray, time: int
     ) -> None:
         """Makes new entries."""
-        start, stop = self._size, self._size + np.count_nonzero(which)
+        start, stop = self._size, self._size + int(np.count_nonzero(which))
         if stop > len(self._ids):
             self._resize(max(stop, start + start // 4))
         self._ids[start:stop] = ids[which]
@@ -170,7 +170,8 @@ class IdMap:
         """
         ids = as_int64(raw)
         entries = self._index.find(ids.reshape(-1), self._ids)
-        return np.maximum(self._rows[entries], 0).reshape(ids.shape)
+        rows: np.ndarray = np.maximum(self._rows[entries], 0)
+        return rows.reshape(ids.shape)
 
     def expire(self, *, before: int) -> np.ndarray:
         """Forgets the ids that were last seen before a time, and frees their rows.
@@ -213,8 +214,8 @@ class IdMap:
 
         `to_arrays` gives them many times faster.
         """
-        has_row = self._rows[: self._size] > 0
-        ids, rows = self._ids[: self._size][has_row], self._rows[: self._size][has_row]
+        entries = np.flatnonzero(self._rows > 0)
+        ids, rows = self._ids[entries], self._rows[entries]
         return zip(ids.tolist(), rows.tolist(), strict=True)
 
     @property

@@ -4,8 +4,8 @@ Open addressing, many ids at a time: each round of a probe is a few array operat
 the ids that have not found their slot yet. A slot is the 32-bit number of an entry, and
 the id is compared with the entry's, so that an id costs 8 bytes and its slots 7 to 14.
 Probes are triangular (1, 3, 6, ... slots further on): they visit every slot of a table
-whose size is a power of two, and unlike linear probes they leave no long clusters, whose
-every further round would cost as much for one id as the first one costs for thousands.
+whose size is a power of two, and unlike linear probes they leave no long clusters,
+where many rounds would run for the sake of a few ids.
 """
 
 from collections.abc import Iterator
