@@ -5,12 +5,15 @@ import json
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from monolith_optax.checkpoint._list_hash_tables import hash_tables
 from monolith_optax.checkpoint._tensorflow import read_tensorflow, write_tensorflow
 
 
@@ -32,12 +35,18 @@ def main() -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m monolith_optax.checkpoint",
-        description="Looks into TensorFlow's checkpoints and converts them. Needs "
-        "pip install 'monolith_optax[tf]'.",
+        description="Looks into TensorFlow's checkpoints and Monolith's hash tables, "
+        "and converts the former. Needs pip install 'monolith_optax[tf]', and "
+        "'monolith_optax[hash-tables]' for hash tables.",
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    show = commands.add_parser("show", help="list variables and slots")
-    show.add_argument("prefix", metavar="PREFIX", help="such as model/model.ckpt-6")
+    show = commands.add_parser("show", help="list variables, slots and hash tables")
+    show.add_argument(
+        "prefix",
+        metavar="PREFIX",
+        help="such as model/model.ckpt-6; its .assets folder for hash tables only, "
+        "without TensorFlow",
+    )
     show.add_argument("--json", action="store_true", help="print a JSON array")
     convert = commands.add_parser(
         "convert",
@@ -51,10 +60,29 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def show(prefix: str, *, as_json: bool) -> None:
-    """Prints what is in a TensorFlow checkpoint."""
+def show(path: str, *, as_json: bool) -> None:
+    """Prints the variables and the hash tables of a checkpoint."""
+    of_tables, is_prefix = _assets(path), not Path(path).is_dir()
+    variables = _variables(path) if is_prefix or of_tables is None else []
+    tables = _tables(of_tables) if of_tables else []
+    if as_json:
+        print(json.dumps([*variables, *tables], indent=1))
+        return
+    for rows in variables, tables:
+        _print_table(rows)
+
+
+def _assets(path: str) -> Path | None:
+    """The folder with hash tables."""
+    for folder in Path(path), Path(f"{path}.assets"):
+        if folder.is_dir() and any(folder.glob("Monolith*HashTable_*")):
+            return folder
+    return None
+
+
+def _variables(prefix: str) -> list[dict[str, Any]]:
     checkpoint = read_tensorflow(prefix)
-    rows = [
+    return [
         {
             "name": name,
             "kind": "slot" if _is_slot(name, checkpoint) else "variable",
@@ -63,15 +91,56 @@ def show(prefix: str, *, as_json: bool) -> None:
         }
         for name in checkpoint
     ]
-    if as_json:
-        print(json.dumps(rows, indent=1))
+
+
+def _tables(folder: Path) -> list[dict[str, Any]]:
+    size = sum(file.stat().st_size for file in folder.glob("Monolith*HashTable_*"))
+    with _progress(size) as on_bytes:
+        tables = hash_tables(folder, on_bytes=on_bytes)
+    return [
+        {
+            "name": table.name,
+            "kind": "hash table",
+            "entries": table.entries,
+            "dim": table.dim,
+            "segments": [list(segment) for segment in table.segments],
+            "servers": table.servers,
+            "shards": list(table.shards),
+            "last_update": table.last_update,
+        }
+        for table in tables
+    ]
+
+
+@contextmanager
+def _progress(size: int) -> Iterator[Callable[[int], object] | None]:
+    """A progress bar of so many bytes, for a person who looks at it."""
+    if not sys.stderr.isatty():
+        yield None
         return
-    lines = [[str(cell) for cell in row.values()] for row in rows]
-    table = [["name", "kind", "shape", "dtype"], *lines]
+    from tqdm import tqdm
+
+    with tqdm(total=size, unit="B", unit_scale=True, leave=False) as bar:
+        yield bar.update
+
+
+def _print_table(rows: list[dict[str, Any]]) -> None:
+    if not rows:
+        return
+    lines = [[_cell(*item) for item in row.items()] for row in rows]
+    table = [list(rows[0]), *lines]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     for line in table:
         cells = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
         print("  ".join(cells).rstrip())
+
+
+def _cell(name: str, value: Any) -> str:
+    if name == "segments":
+        return " ".join(f"{optimizer}:{dim or '?'}" for optimizer, dim in value)
+    if name == "last_update":
+        return datetime.fromtimestamp(value, UTC).isoformat() if value else "unknown"
+    return str(value)
 
 
 def _is_slot(name: str, names: Mapping[str, Any]) -> bool:
