@@ -138,9 +138,10 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
 def _cell(name: str, value: Any) -> str:
     if name == "segments":
         return " ".join(f"{optimizer}:{dim or '?'}" for optimizer, dim in value)
-    if name == "last_update":
-        return datetime.fromtimestamp(value, UTC).isoformat() if value else "unknown"
-    return str(value)
+    if name == "last_update" and 0 < value < 2**32:
+        return datetime.fromtimestamp(value, UTC).isoformat()
+    text = str(value)
+    return text if text.isprintable() else ascii(text)
 
 
 def _is_slot(name: str, names: Mapping[str, Any]) -> bool:

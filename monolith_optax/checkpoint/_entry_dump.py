@@ -10,9 +10,12 @@ turn, so that any order and any encoding is read.
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 
 from monolith_optax.checkpoint._entry_columns import Place, Varint
 from monolith_optax.checkpoint._protobuf import (
@@ -35,7 +38,10 @@ from monolith_optax.checkpoint._segments import (
 from monolith_optax.checkpoint._tfrecord import Records
 
 # As many entries at a time as keep their bytes in the processor's cache.
-_BATCH = 2_048
+_BATCH = 1_024
+
+# More segments than any table has.
+_SEGMENTS = 4_096
 
 
 @dataclass
@@ -79,14 +85,15 @@ class Layout:
         for number, wire, first, last in fields(self.record, start, stop):
             if (number, wire) != (1, BYTES):
                 raise MalformedError("has slots that are not Monolith's.")
-            kinds = list(fields(self.record, first, last))
+            kinds = list(islice(fields(self.record, first, last), 2))
             if len(kinds) != 1 or kinds[0][0] not in NAMES or kinds[0][1] != BYTES:
-                raise MalformedError(
-                    "has slots of an unknown optimizer, the numbers of which are "
-                    f"{[kind[0] for kind in kinds]}."
-                )
+                raise MalformedError("has slots of an unknown optimizer.")
+            if len(self.slots) == _SEGMENTS:
+                raise MalformedError(f"has slots of more than {_SEGMENTS} segments.")
             name, places = NAMES[kinds[0][0]], dict[int, "array[int] | Varint"]()
             for slot, wire, first, last in fields(self.record, *kinds[0][2:]):
+                if slot > len(KINDS[name].slots):
+                    continue
                 if wire == VARINT:
                     places[slot] = Varint(first, last)
                     continue
@@ -96,7 +103,8 @@ class Layout:
                 _add_floats(floats, first, last)
             self.slots.append((name, places))
 
-    def mask(self) -> np.ndarray:
+    @cached_property
+    def _mask(self) -> np.ndarray:
         """Which bits are the same in all entries of this layout, uint8 (length,)."""
         mask = np.full(len(self.record), 0xFF, np.uint8)
         for place in [self.id, self.weights, self.last_update] + [
@@ -114,9 +122,10 @@ class Layout:
 
     def matches(self, entries: np.ndarray) -> np.ndarray:
         """Which entries of the same length, uint8 (n, length), have this layout."""
-        first = np.frombuffer(self.record, np.uint8)
-        differs: np.ndarray = ((entries ^ first) & self.mask()).any(axis=1)
-        return ~differs
+        whole = f"V{len(self.record)}"  # compares all bytes of an entry at once
+        own = np.frombuffer(self.record, np.uint8) & self._mask
+        same: np.ndarray = (entries & self._mask).view(whole)[:, 0] == own.view(whole)
+        return same
 
     def segments(self) -> tuple[list[tuple[str, int | None]], int]:
         """The segments as far as slots tell, and how many weights they leave over.
@@ -193,17 +202,22 @@ def groups(
       ValueError: an entry is malformed.
     """
     data = np.frombuffer(records.data, np.uint8)
+    latest: dict[int, Layout] = {}  # by length
     for begin in range(0, len(records.starts), _BATCH):
         lengths = records.lengths[begin : begin + _BATCH]
-        for length in np.unique(lengths):
+        for length in np.unique(lengths).tolist():
             positions = begin + np.flatnonzero(lengths == length)
-            if length:
-                rows = np.lib.stride_tricks.sliding_window_view(data, length)
-                entries = rows[records.starts[positions]]
+            rows = sliding_window_view(data, max(length, 1))
+            entries = rows[records.starts[positions]]
             while len(positions):
-                with named(path, records.first + positions[0]):
-                    layout = Layout(records.one(positions[0]))
-                same = layout.matches(entries)
+                layout = latest.get(length)
+                if layout is None or not (same := layout.matches(entries)).any():
+                    with named(path, records.first + int(positions[0])):
+                        layout = Layout(records.one(int(positions[0])))
+                    latest[length], same = layout, layout.matches(entries)
+                if same.all():
+                    yield layout, entries, positions
+                    break
                 yield layout, entries[same], positions[same]
                 entries, positions = entries[~same], positions[~same]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from monolith_optax.checkpoint._entry_columns import read_column
-from monolith_optax.checkpoint._entry_dump import groups
+from monolith_optax.checkpoint._entry_dump import Layout, groups
 from monolith_optax.checkpoint._hash_table import HashTable, Segment
 from monolith_optax.checkpoint._owners import Source, find
 from monolith_optax.checkpoint._protobuf import named
@@ -106,6 +106,7 @@ class _Reader:
 
     def add(self, records: Records, path: Path) -> None:
         """Adds entries."""
+        self._check_lengths(records, path)
         self._parts.append((self.size, records.first, path))
         self._grow(self.size + len(records.starts))
         for layout, entries, positions in groups(records, path):
@@ -116,6 +117,13 @@ class _Reader:
                 values = read_column(entries, places[column])
                 part[positions] = values.reshape(len(entries), *array.shape[1:])
         self.size += len(records.starts)
+
+    def _check_lengths(self, records: Records, path: Path) -> None:
+        """Refuses entries too short for their numbers, before these take memory."""
+        least = 4 * self.arrays["weights"].shape[1]
+        for short in np.flatnonzero(records.lengths < least)[:1]:
+            with named(path, records.first + int(short)):
+                Layout(records.one(int(short))).places(self.segments)
 
     def _grow(self, size: int) -> None:
         """Makes room in place: copies would take as much memory again."""
@@ -149,11 +157,11 @@ class _Reader:
 
 
 def _reorder(array: np.ndarray, order: np.ndarray) -> None:
-    """Puts rows in another order, a quarter of the columns at a time."""
+    """Puts rows in another order, half of the columns at a time to save memory."""
     rows = array.reshape(len(array), math.prod(array.shape[1:]))
-    step = max(1, rows.shape[1] // 4)
-    for first in range(0, rows.shape[1], step):
-        some = rows[:, first : first + step]
+    half = max(1, rows.shape[1] // 2)
+    for first in range(0, rows.shape[1], half):
+        some = rows[:, first : first + half]
         some[:] = some[order]
 
 
