@@ -52,7 +52,8 @@ def read_column(entries: np.ndarray, place: Place) -> np.ndarray:
     if _is_regular(offsets):
         step = int(offsets[1] - offsets[0]) if len(offsets) > 1 else 4
         return _strided(entries, "<f4", int(offsets[0]), len(offsets), step)
-    return entries[:, offsets[:, None] + np.arange(4)].view("<f4")[:, :, 0]
+    numbers = np.ascontiguousarray(entries[:, offsets[:, None] + np.arange(4)])
+    return numbers.view("<f4")[:, :, 0]
 
 
 def write_column(entries: np.ndarray, place: Place, values: np.ndarray) -> None:
