@@ -72,11 +72,13 @@ def read_hash_table(
                 if table == source.table:
                     reader.add(records, shard.path)
         ids_of[server] = slice(start, reader.size)
-    counted = source.table and _check_count(source, files.folder, reader.size)
-    if servers is None and not counted:
-        ids = reader.arrays["ids"]
-        of_servers = {server: ids[these] for server, these in ids_of.items()}
-        source.check_owners(of_servers, reader.where)
+    counted = bool(source.table) and _check_count(source, files.folder, reader.size)
+    ids = reader.arrays["ids"]
+    source.check_owners(
+        {server: ids[these] for server, these in ids_of.items()},
+        reader.where,
+        sure=counted or servers is not None,
+    )
     return _table(segments, reader.sorted())
 
 
@@ -157,12 +159,15 @@ class _Reader:
 
 
 def _reorder(array: np.ndarray, order: np.ndarray) -> None:
-    """Puts rows in another order, half of the columns at a time to save memory."""
+    """Puts rows in another order, a quarter of the columns at a time.
+
+    So it takes the memory of half of the array: `take` makes a copy of its own.
+    """
     rows = array.reshape(len(array), math.prod(array.shape[1:]))
-    half = max(1, rows.shape[1] // 2)
-    for first in range(0, rows.shape[1], half):
-        some = rows[:, first : first + half]
-        some[:] = some[order]
+    quarter = max(1, rows.shape[1] // 4)
+    for first in range(0, rows.shape[1], quarter):
+        some = rows[:, first : first + quarter]
+        some[:] = some.take(order, axis=0)
 
 
 def _table(segments: Segments, arrays: Arrays) -> HashTable:

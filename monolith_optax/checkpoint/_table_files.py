@@ -15,7 +15,7 @@ _FILE = re.compile(
     rf"(?P<kind>{SINGLE}|{MULTI})_(?P<suffix>.*)-(?P<shard>\d{{5}})-of-(?P<count>\d{{5}})",
     re.DOTALL,
 )
-_SERVER = re.compile(r"(?P<name>.+)_(?P<server>0|[1-9]\d*)", re.DOTALL)
+_SERVER = re.compile(r"(?P<name>.+)_(?P<server>0|[1-9]\d{0,8})", re.DOTALL)
 _COUNT = re.compile(
     rb'\s*feature_counts\s*{\s*key:\s*"((?:[^"\\]|\\.)*)"\s*value:\s*(\d+)\s*}'
 )

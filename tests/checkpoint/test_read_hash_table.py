@@ -218,6 +218,8 @@ def test_tables_whose_names_end_like_servers(tmp_path):
     message = r"_item_0-00000-of-00001: entry 1 has the id 1, .* server 0 of 2"
     with pytest.raises(ValueError, match=message):
         read_hash_table(tmp_path, "item", segments=ADAGRAD)
+    with pytest.raises(ValueError, match=message):
+        read_hash_table(tmp_path, "item", segments=ADAGRAD, servers=2)
     assert [table.name for table in hash_tables(tmp_path)] == ["item_0", "item_1"]
 
 
@@ -230,6 +232,28 @@ def test_a_table_beside_one_that_looks_like_its_server(tmp_path):
         table.name: (table.servers, table.entries) for table in hash_tables(tmp_path)
     }
     assert listed == {"item": (0, 10), "item_1": (0, 20)}
+
+
+def test_few_ids_leave_a_doubt(tmp_path):
+    write_single(tmp_path, "item_0", [entry(-(2**63))])
+    write_single(tmp_path, "item_1", [entry(2**62 + 1)])
+    with pytest.raises(ValueError, match="If none is missing, give servers=2"):
+        read_hash_table(tmp_path, "item", segments=ADAGRAD)
+    table = read_hash_table(tmp_path, "item", segments=ADAGRAD, servers=2)
+    assert table.ids.tolist() == [-(2**63), 2**62 + 1]
+    (tmp_path / "empty").mkdir()
+    for server in range(2):
+        write_single(tmp_path / "empty", f"item_{server}", [])
+    assert not len(read_hash_table(tmp_path / "empty", "item", segments=ADAGRAD).ids)
+
+
+@pytest.mark.parametrize("name", ["item_999999999", "item_99999999999999999999"])
+def test_a_table_whose_name_ends_in_a_large_number(name, tmp_path):
+    write_single(tmp_path, name, [entry(i) for i in range(10)])
+    assert len(read_hash_table(tmp_path, name, segments=ADAGRAD).ids) == 10
+    assert [info.name for info in hash_tables(tmp_path)] == [name]
+    with pytest.raises(FileNotFoundError):
+        read_hash_table(tmp_path, "item", segments=ADAGRAD)
 
 
 def test_extreme_ids_have_their_servers(tmp_path):
