@@ -6,11 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from monolith_optax._ids.arrays import DTYPES, problems
 from monolith_optax._ids.index import NOTHING, IdIndex
 from monolith_optax._ids.raw import as_int64
-
-# What an entry is, by array; entry 0 is nobody's and stands for the unknown row.
-_DTYPES = {"ids": np.int64, "rows": np.int32, "counts": np.int32, "last_seen": np.int64}
 
 
 class IdMap:
@@ -250,10 +248,10 @@ class IdMap:
           ValueError: an array is missing or of another shape or dtype, a row or a count
             is out of range, or an id or a row is there twice.
         """
-        if problem := next(_problems(arrays), None):
+        if problem := next(problems(arrays), None):
             raise ValueError(f"These are not the arrays of an IdMap. {problem}")
         self = cls(int(arrays["capacity"]), admit_after=int(arrays["admit_after"]))
-        entries = {name: np.asarray(arrays[name]) for name in _DTYPES}
+        entries = {name: np.asarray(arrays[name]) for name in DTYPES}
         used = (entries["rows"] > 0) | (entries["counts"] > 0)
         unknown_row_first = np.concatenate([[NOTHING], np.flatnonzero(used)])
         entries = {name: x[unknown_row_first] for name, x in entries.items()}
@@ -305,38 +303,6 @@ def _in_order_of_appearance(
     rank = np.empty_like(order)
     rank[order] = np.arange(len(order))
     return distinct[order], first[order], rank[place], times[order]
-
-
-def _problems(arrays: Mapping[str, Any]) -> Iterator[str]:
-    """What is wrong with the arrays of a map; only the first one is to be trusted."""
-    names = [*_DTYPES, "capacity", "admit_after"]
-    if missing := [name for name in names if name not in arrays]:
-        yield f"{missing} are missing."
-    shape = np.shape(arrays["ids"])
-    for name, dtype in _DTYPES.items():
-        array = np.asarray(arrays[name])
-        if array.shape != shape or array.ndim != 1 or not array.size:
-            yield f"{name} has the shape {array.shape}, and ids has {shape}."
-        if array.dtype != dtype:
-            yield f"{name} has the dtype {array.dtype} instead of {np.dtype(dtype)}."
-    if wrong := [name for name in names[len(_DTYPES) :] if np.shape(arrays[name])]:
-        yield f"{wrong} are not single numbers."
-    ids, rows, counts = (np.asarray(arrays[name]) for name in ("ids", "rows", "counts"))
-    for name, array, end in (
-        ("rows", rows, int(arrays["capacity"])),
-        ("counts", counts, int(arrays["admit_after"])),
-    ):
-        if np.any((array < 0) | (array >= end)):
-            yield f"{name} has numbers that are not from 0 to {end - 1}."
-    if np.any((rows > 0) & (counts > 0)):
-        yield "There are ids with both a row and a count."
-    for name, array in (
-        ("ids", ids[(rows > 0) | (counts > 0)]),
-        ("rows", rows[rows > 0]),
-    ):
-        distinct, times = np.unique(array, return_counts=True)
-        if twice := distinct[times > 1].tolist():
-            yield f"{name} has {twice[0]} more than once."
 
 
 def _positive(name: str, value: int) -> int:
