@@ -173,7 +173,7 @@ def test_slots_that_do_not_match(variant):
     slot = state._fields[1]
     shape = getattr(state, slot)["mlp"]["w"].shape
     wrong = state._replace(**{slot: grads(w=jnp.ones((1, *shape)))})
-    with raises("Gradients, params and state do not belong together", str(shape)):
+    with raises("Gradients, params and state do not match", str(shape)):
         tx.update(PARAMS, wrong, PARAMS)
 
 
