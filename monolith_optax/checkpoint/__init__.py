@@ -1,8 +1,9 @@
-"""Monolith's variables and slots in and out of params and optax states.
+"""Moves Monolith's variables and slots into params and optax states, and back.
 
-`import_slots` and `export_slots` go between a mapping of TensorFlow's names to arrays
-and `(params, state)`; `read_tensorflow` and `write_tensorflow` between such a mapping
-and TensorFlow's files. `python -m monolith_optax.checkpoint` shows and converts them.
+`import_slots` and `export_slots` convert between a mapping from TensorFlow's names to
+arrays and `(params, state)`; `read_tensorflow` and `write_tensorflow` convert between
+such a mapping and TensorFlow's files. `python -m monolith_optax.checkpoint` shows and
+converts these files.
 """
 
 from monolith_optax.checkpoint._slots import export_slots as export_slots
