@@ -1,1 +1,1 @@
-"""Side by side with what users would pick instead: `python -m benchmarks --help`."""
+"""Compares each part with its alternatives: `python -m benchmarks --help`."""
