@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from registry import VARIANTS
 
 from benchmarks.measure import Side
-from tests.helpers.registry import VARIANTS
 
 RATE = 1e-3
 OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import optax
-import pytest
 
 import monolith_optax
 from monolith_optax import adamom, embedding, rmsprop
@@ -115,9 +114,3 @@ VARIANTS = {
     for name, row in ROWS.items()
     for variant, options in row.variants.items()
 }
-
-
-def with_argument(name: str) -> pytest.MarkDecorator:
-    """Runs a test only on the optimizers that have this argument."""
-    chosen = [key for key, variant in VARIANTS.items() if variant.takes(name)]
-    return pytest.mark.parametrize("variant", chosen, indirect=True)
