@@ -9,8 +9,10 @@ import numpy as np
 from monolith_optax._ids.arrays import DTYPES, problems
 from monolith_optax._ids.index import NOTHING, IdIndex
 from monolith_optax._ids.raw import as_int64
+from monolith_optax._public import public
 
 
+@public("monolith_optax")
 class IdMap:
     """Rows of an embedding table for 64-bit ids, on the host.
 

@@ -1,9 +1,10 @@
-"""Monolith's variables and slots in and out of params and optax states.
+"""Moves Monolith's variables and slots into params and optax states, and back.
 
-`import_slots` and `export_slots` go between a mapping of TensorFlow's names to arrays
-and `(params, state)`; `read_tensorflow` and `write_tensorflow` between such a mapping
-and TensorFlow's files. `python -m monolith_optax.checkpoint` shows and converts them.
-`hash_tables`, `read_hash_table` and `write_hash_table` are for the hash tables beside
+`import_slots` and `export_slots` convert between a mapping from TensorFlow's names to
+arrays and `(params, state)`; `read_tensorflow` and `write_tensorflow` convert between
+such a mapping and TensorFlow's files. `python -m monolith_optax.checkpoint` shows and
+converts these files.
+`hash_tables`, `read_hash_table` and `write_hash_table` handle the hash tables beside
 such a checkpoint, and need no TensorFlow.
 """
 

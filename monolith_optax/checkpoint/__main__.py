@@ -5,7 +5,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,11 +16,14 @@ import numpy as np
 from monolith_optax.checkpoint._list_hash_tables import hash_tables
 from monolith_optax.checkpoint._tensorflow import read_tensorflow, write_tensorflow
 
+# The same as those of the node checker; argparse exits with 2 for bad usage.
+DONE, FAILED, INTERRUPTED = 0, 3, 130
 
-def main() -> int:
-    """Runs one command; returns the exit status."""
-    args = _parser().parse_args()
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # its own talk at start-up
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns its exit status."""
+    args = _parser().parse_args(argv)
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # no start-up messages
     try:
         if args.command == "show":
             show(args.prefix, as_json=args.json)
@@ -28,35 +31,42 @@ def main() -> int:
             convert(args.source, args.target)
     except (OSError, ValueError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+        return FAILED
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    return DONE
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m monolith_optax.checkpoint",
-        description="Looks into TensorFlow's checkpoints and Monolith's hash tables, "
-        "and converts the former. Needs pip install 'monolith_optax[tf]', and "
+        description="Shows and converts TensorFlow checkpoints, and shows Monolith's "
+        "hash tables. Needs pip install 'monolith_optax[tf]', or "
         "'monolith_optax[hash-tables]' for hash tables.",
+        epilog="Exit status: 0 done, 2 bad usage, 3 failure.",
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    show = commands.add_parser("show", help="list variables, slots and hash tables")
-    show.add_argument(
+    lister = commands.add_parser("show", help="list variables, slots and hash tables")
+    lister.add_argument(
         "prefix",
         metavar="PREFIX",
-        help="such as model/model.ckpt-6; its .assets folder for hash tables only, "
-        "without TensorFlow",
+        help="the index file without '.index', such as model/model.ckpt-6; or the "
+        "folder model/model.ckpt-6.assets, for hash tables only, without TensorFlow",
     )
-    show.add_argument("--json", action="store_true", help="print a JSON array")
-    convert = commands.add_parser(
+    lister.add_argument("--json", action="store_true", help="print a JSON array")
+    converter = commands.add_parser(
         "convert",
-        help="write what Orbax can restore, or the way back",
-        description="A TensorFlow checkpoint becomes an Orbax checkpoint: one "
-        "dictionary from TensorFlow's names to arrays. If SOURCE is the folder of such "
-        "a checkpoint, it becomes TensorFlow's again.",
+        help="convert a checkpoint to one that Orbax can restore, or back",
+        description="Converts a TensorFlow checkpoint to an Orbax checkpoint, which "
+        "holds one dictionary from TensorFlow's names to arrays. If SOURCE is the "
+        "folder of such an Orbax checkpoint, converts it back.",
     )
-    convert.add_argument("source", metavar="SOURCE", help="a prefix, or Orbax's folder")
-    convert.add_argument("target", metavar="OUT", help="a new folder, or a new prefix")
+    converter.add_argument(
+        "source", metavar="SOURCE", help="a prefix, or an Orbax checkpoint's folder"
+    )
+    converter.add_argument(
+        "target", metavar="OUT", help="a new folder, or a new prefix"
+    )
     return parser
 
 
@@ -150,7 +160,7 @@ def _is_slot(name: str, names: Mapping[str, Any]) -> bool:
 
 
 def convert(source: str, target: str) -> None:
-    """Writes a checkpoint of one kind as one of the other."""
+    """Converts a TensorFlow checkpoint to an Orbax checkpoint, or back."""
     to_tensorflow = Path(source).is_dir()
     if found := sorted(Path(source).glob("*.index")):
         raise ValueError(
@@ -159,7 +169,7 @@ def convert(source: str, target: str) -> None:
         )
     written = Path(f"{target}.index") if to_tensorflow else Path(target)
     if written.exists():
-        raise FileExistsError(f"{written} exists already: name a new one.")
+        raise FileExistsError(f"{written} already exists: give another name.")
     try:
         import orbax.checkpoint as ocp
     except ImportError as error:
@@ -174,7 +184,10 @@ def convert(source: str, target: str) -> None:
             if bad := [
                 k for k, x in tensors.items() if x.dtype == object or not x.size
             ]:
-                raise ValueError(f"Orbax holds numbers, but {bad} are texts or empty.")
+                raise ValueError(
+                    f"Orbax can hold only numbers, but {bad} are strings or empty: "
+                    "read the others with read_tensorflow."
+                )
             checkpointer.save(Path(target).absolute(), tensors)
             checkpointer.wait_until_finished()
     print(f"Wrote {target}")
@@ -186,8 +199,9 @@ def _tensors_in(checkpointer: Any, folder: str) -> dict[str, np.ndarray]:
         isinstance(value, dict | list) for value in restored.values()
     ):
         raise ValueError(
-            f"{folder} is not one dictionary of arrays, as 'convert' writes it: write "
-            "it yourself, with export_slots and write_tensorflow."
+            f"{folder} must hold one dictionary of arrays, as 'convert' writes it, but "
+            "it holds another tree. Restore it in Python, and use export_slots and "
+            "write_tensorflow."
         )
     return {name: np.asarray(value) for name, value in restored.items()}
 

@@ -4,7 +4,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from monolith_optax._public import public
 
+
+@public("monolith_optax.checkpoint")
 @dataclass(frozen=True, eq=False)
 class Segment:
     """Some of a hash table's weights, and the optimizer's slots for them.
@@ -21,6 +24,7 @@ class Segment:
     slots: dict[str, np.ndarray]
 
 
+@public("monolith_optax.checkpoint")
 @dataclass(frozen=True, eq=False)
 class HashTable:
     """A hash table of Monolith's, of n entries.

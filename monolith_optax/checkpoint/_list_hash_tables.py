@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import count, takewhile
 from pathlib import Path
 
+from monolith_optax._public import public
 from monolith_optax.checkpoint._entry_columns import read_column
 from monolith_optax.checkpoint._entry_dump import groups
 from monolith_optax.checkpoint._owners import divisor, multi_servers
@@ -20,6 +21,7 @@ from monolith_optax.checkpoint._table_files import (
 from monolith_optax.checkpoint._tfrecord import Records
 
 
+@public("monolith_optax.checkpoint")
 @dataclass(frozen=True)
 class HashTableInfo:
     """What the files of a hash table say about it.

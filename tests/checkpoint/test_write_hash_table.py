@@ -297,5 +297,5 @@ def test_show_says_what_is_wrong(tmp_path):
     assert str(2**62) in out
     path.write_bytes(b"damaged")
     status, out, err = show(str(tmp_path))
-    assert (status, out) == (1, "")
+    assert (status, out) == (3, "")
     assert str(path) in err
