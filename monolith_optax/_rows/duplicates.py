@@ -82,8 +82,7 @@ def add_rows(table: jax.Array, ids: jax.Array, rows: jax.Array) -> jax.Array:
 
 def at_least_float32(dtype: DTypeLike) -> jnp.dtype[Any]:
     """The dtype in which numbers of a floating-point dtype are summed."""
-    bits: int = jnp.finfo(dtype).bits  # of each part, if complex
-    return jnp.dtype(dtype if bits >= 32 else jnp.float32)
+    return jnp.dtype(dtype if jnp.dtype(dtype).itemsize >= 4 else jnp.float32)
 
 
 def check_size(num_rows: int, batch_size: int) -> None:
