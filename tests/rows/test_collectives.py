@@ -39,7 +39,9 @@ def test_they_are_those_of_the_dense_gradients(name, axes, check_vma):
     parts = 1 if axes == ("x", "y") else 2
     assert result["slices"].ids.shape == (8,)
     for part in range(parts):
-        mine = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:])[part], result)
+        mine = jax.tree.map(
+            lambda x, part=part: x.reshape(parts, -1, *x.shape[1:])[part], result
+        )
         np.testing.assert_allclose(
             mine["slices"].to_dense(6), mine["dense"], rtol=1e-6, atol=1e-7
         )
@@ -73,7 +75,7 @@ def test_data_parallel_training_is_training_on_the_whole_batch():
             mesh=MESH,
             in_specs=(P(), P(), P(("x", "y"))),
             out_specs=P(),
-            check_vma=False,  # gradients of dense parameters, too, are each device's own
+            check_vma=False,  # with it, JAX sums gradients of dense parameters itself
         )
     )(params, tx.init(params), ids)
     for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
