@@ -1,15 +1,18 @@
 """RMSprop as Monolith has it: the learning rate is inside the momentum."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from monolith_optax._optimizers import base, checks
+from monolith_optax._optimizers.base import from_rule
+from monolith_optax._optimizers.weight_decay import Mask, WeightDecay
+from monolith_optax._public import public
 
 
+@public("monolith_optax")
 class RmspropState(NamedTuple):
     """The state of `rmsprop`.
 
@@ -32,9 +35,9 @@ def rmsprop(
     beta2: ArrayLike = 0.999,
     epsilon: ArrayLike = 1e-8,
     weight_decay: ArrayLike = 0.0,
-    use_v2: bool = False,
     *,
-    weight_decay_mask: checks.Mask = None,
+    use_v2: bool = False,
+    weight_decay_mask: Mask = None,
     slot_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Monolith's RMSprop optimizer.
@@ -111,47 +114,32 @@ def rmsprop(
       and the kernel `ResourceApplyRmsprop` of `Monolith
       <https://github.com/bytedance/monolith>`_.
     """
-    checks.check_learning_rate(learning_rate)
-    checks.check_hyperparameter("beta1", beta1, high=1)
-    checks.check_hyperparameter("beta2", beta2, high=1)
-    checks.check_hyperparameter("epsilon", epsilon)
-    checks.check_hyperparameter("weight_decay", weight_decay)
-    checks.check_weight_decay_mask(weight_decay_mask)
-    checks.check_slot_dtype(slot_dtype)
 
-    def init(params: optax.Params) -> RmspropState:
-        checks.check_params(params)
-        m = base.zeros(params, slot_dtype)
-        v = base.zeros(params, slot_dtype)
-        return RmspropState(jnp.zeros([], jnp.int32), m, v)
+    def rule(
+        g: jax.Array,
+        w: object,
+        slots: RmspropState,
+        *,
+        learning_rate: jax.Array,
+        beta1: jax.Array,
+        beta2: jax.Array,
+        epsilon: jax.Array,
+    ) -> tuple[jax.Array, RmspropState]:
+        del w
+        if use_v2:
+            v = beta2 * slots.v + g * g
+            m = beta1 * slots.m + g * learning_rate / (jnp.sqrt(v) + epsilon)
+        else:
+            v = slots.v + (g * g - slots.v) * (1 - beta2)
+            m = beta1 * slots.m + g * learning_rate * jax.lax.rsqrt(v + epsilon)
+        return -m, slots._replace(m=m, v=v)
 
-    def update(
-        updates: optax.Updates,
-        state: RmspropState,
-        params: optax.Params | None = None,
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, RmspropState]:
-        del extra_args
-        lr = base.learning_rate_at(learning_rate, state.count)
-
-        def rule(g: jax.Array, m: jax.Array, v: jax.Array) -> tuple[jax.Array, ...]:
-            alpha, b1, b2, eps = base.as_dtype(g.dtype, lr, beta1, beta2, epsilon)
-            if use_v2:
-                v = b2 * v + g * g
-                m = b1 * m + g * alpha / (jnp.sqrt(v) + eps)
-            else:
-                v = v + (g * g - v) * (1 - b2)
-                m = b1 * m + g * alpha * jax.lax.rsqrt(v + eps)
-            return -m, m, v
-
-        updates, slots = base.step(
-            rule,
-            updates,
-            {"m": state.m, "v": state.v},
-            params,
-            weight_decay,
-            weight_decay_mask,
-        )
-        return updates, RmspropState(optax.safe_increment(state.count), **slots)
-
-    return optax.GradientTransformationExtraArgs(init, update)
+    return from_rule(
+        rule,
+        RmspropState,
+        learning_rate=learning_rate,
+        fractions={"beta1": beta1, "beta2": beta2},
+        nonnegative={"epsilon": epsilon},
+        weight_decay=WeightDecay(weight_decay, weight_decay_mask),
+        slot_dtype=slot_dtype,
+    )

@@ -8,11 +8,13 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
+from monolith_optax._public import public
 from monolith_optax._rows.duplicates import add_rows, at_least_float32
 from monolith_optax._rows.opaque_ids import int32_ids, is_opaque, opaque, plain
 from monolith_optax._rows.shardings import replicated
 
 
+@public("monolith_optax")
 @jax.tree_util.register_pytree_with_keys_class
 @dataclass(init=False, frozen=True, eq=False, repr=False)
 class RowSlices:

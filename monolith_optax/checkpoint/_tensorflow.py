@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from monolith_optax._public import public
+
 
 def read_tensorflow(prefix: str | os.PathLike[str]) -> "TensorFlowCheckpoint":
     """The tensors of a TensorFlow checkpoint, each read when it is asked for.
@@ -25,6 +27,7 @@ def read_tensorflow(prefix: str | os.PathLike[str]) -> "TensorFlowCheckpoint":
     return TensorFlowCheckpoint(prefix)
 
 
+@public("monolith_optax.checkpoint")
 class TensorFlowCheckpoint(Mapping[str, np.ndarray]):
     """A mapping from the names in a TensorFlow checkpoint to arrays.
 

@@ -1,0 +1,17 @@
+"""The optimizers of embedding tables: those of Monolith, and row-wise Adagrad.
+
+Names, arguments and defaults are Monolith's. A row is an index of a parameter's
+leading axis. Inside `monolith_optax.lazy_rows` a step touches only the rows of a batch,
+as in Monolith's hash tables.
+"""
+
+from monolith_optax.embedding._adagrad import AdagradState as AdagradState
+from monolith_optax.embedding._adagrad import adagrad as adagrad
+from monolith_optax.embedding._rowwise_adagrad import (
+    RowwiseAdagradState as RowwiseAdagradState,
+)
+from monolith_optax.embedding._rowwise_adagrad import (
+    rowwise_adagrad as rowwise_adagrad,
+)
+
+__all__ = ["AdagradState", "RowwiseAdagradState", "adagrad", "rowwise_adagrad"]
