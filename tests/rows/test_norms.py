@@ -66,7 +66,7 @@ def test_dense_trees_are_as_in_optax():
 
 def test_gradients_of_lookups():
     def loss(params, ids):
-        return jnp.sum(jnp.sin(params["table"][ids]) * params["scale"])
+        return jnp.sum(jnp.sin(params["table"][ids]) @ params["scale"])
 
     params = {"table": jnp.arange(12.0).reshape(6, 2), "scale": jnp.ones(2)}
     ids = jnp.array([3, 0, 3, 5])
