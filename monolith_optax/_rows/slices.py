@@ -27,24 +27,20 @@ class RowSlices:
 
     It is a pytree of ids and rows that can go wherever JAX takes a pytree. Its ids are
     not numbers there: JAX raises an error that names them where a function that maps
-    over leaves would change them. Functions that make zeros make padding.
+    over leaves would change them. Functions that make zeros make padding. Instead of
+    what raises, write:
 
-    ============================================  ======================================
-    Instead of                                    write
-    ============================================  ======================================
-    `optax.chain(lazy_rows(a), optax.scale(2))`,  `lazy_rows(optax.chain(a, ...))`
-    likewise schedules, clipping, any other
-    transformation outside `lazy_rows`
-    `jax.tree.map(lambda g: g * 2, gradients)`,   the same with `is_leaf=lambda g:
-    `g / n`, `-g`, `optax.tree.scale`             isinstance(g, RowSlices)`
-    `optax.tree.add(a, b)`, `a + b` by leaves     `a + b` of slices, with `is_leaf`
-    `g.astype(dtype)`, `optax.tree.cast`          `slices.astype(dtype)`
-    `jnp.clip(g, ...)`, `jnp.sign(g)`             `optax.clip(...)`, `optax.sign...` in
-                                                  `lazy_rows`, which sums duplicates
-    `jax.lax.psum`, `jax.lax.pmean`               `monolith_optax.psum`, `pmean`
-    `optax.global_norm`, `optax.tree.norm`        `monolith_optax.global_norm`
-    `eqx.apply_updates`                           `monolith_optax.apply_updates`
-    ============================================  ======================================
+    - `optax.chain(lazy_rows(a), optax.scale(2))`, or schedules, clipping and all else
+      outside `lazy_rows`: `lazy_rows(optax.chain(a, optax.scale(2)))`.
+    - `jax.tree.map(lambda g: g * 2, gradients)`, `g / n`, `-g`, `optax.tree.scale`: the
+      same map with `is_leaf=lambda g: isinstance(g, RowSlices)`.
+    - `optax.tree.add(a, b)`: `jax.tree.map(operator.add, a, b, is_leaf=...)`.
+    - `g.astype(dtype)`, `optax.tree.cast`: `slices.astype(dtype)`.
+    - `jnp.clip(g, ...)`, `jnp.sign(g)`: `optax.clip`, `optax.scale_by_sign` inside
+      `lazy_rows`, where duplicates are summed; or `slices.with_rows(...)`.
+    - `jax.lax.psum`, `jax.lax.pmean`: `monolith_optax.psum`, `monolith_optax.pmean`.
+    - `optax.global_norm`, `optax.tree.norm`: `monolith_optax.global_norm`.
+    - `eqx.apply_updates`: `monolith_optax.apply_updates`.
 
     Orbax, `jax.export` and `flax.serialization` do not take slices. No state holds
     any; save their `ids` and `rows` as arrays.
