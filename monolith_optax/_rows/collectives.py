@@ -80,8 +80,11 @@ def pmean(tree: Any, axis_name: Any) -> Any:
 def _all_gather(array: jax.Array, axis_name: Any) -> jax.Array:
     """The arrays of all devices, of a type that says they are the same on each."""
     lax: Any = jax.lax
+    names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
+    gather, options = lax.all_gather, {}
     if hasattr(lax, "all_gather_invariant"):  # JAX 0.8
-        gathered: jax.Array = lax.all_gather_invariant(array, axis_name, tiled=True)
-    else:
-        gathered = lax.all_gather(array, axis_name, tiled=True, to="invarying")
+        gather = lax.all_gather_invariant
+    elif set(names) <= set(jax.sharding.get_abstract_mesh().manual_axes):
+        options = {"to": "invarying"}  # under vmap JAX 0.10 refuses it
+    gathered: jax.Array = gather(array, axis_name, tiled=True, **options)
     return gathered

@@ -66,7 +66,7 @@ def test_loops_and_conditionals(slices):
     assert_same(carry, plus[1], 4 * ROWS)
     assert_same(outputs, plus, np.stack([2 * ROWS, 4 * ROWS]))
     assert_same(looped, plus[1], 4 * ROWS)
-    assert outputs.row_shape == (2,) or outputs.ids.shape == (2, 8)
+    assert outputs.row_shape == (2,)
 
 
 def test_vmap(slices):
@@ -79,7 +79,7 @@ def test_eval_shape(slices):
     assert shapes.ids.shape == (16,)
     assert shapes.ids.dtype == jnp.int32
     assert shapes.row_shape == (2,)
-    assert "int32[16]" in repr(shapes)
+    assert "shape=(16,), dtype=int32" in repr(shapes)
     dense = jax.eval_shape(lambda s: jnp.ones((9, 2)) + s, shapes)
     assert dense.shape == (9, 2)
 
@@ -102,7 +102,7 @@ def test_gradients_flow_through(slices):
 def test_gradients_with_respect_to_slices(slices):
     gradient = jax.grad(lambda s: jnp.sum(s.rows**2), allow_int=True)(slices)
     np.testing.assert_array_equal(gradient.rows, 2 * ROWS)
-    assert "float0" in repr(gradient) or "V" in repr(gradient)
+    assert repr(gradient).startswith("RowSlices(ids=")
     with pytest.raises(TypeError, match="row ids of RowSlices"):
         jax.grad(lambda s: jnp.sum(s.rows**2))(slices)
 
@@ -121,7 +121,8 @@ def test_meshes(slices, axis_type):
         table = jax.device_put(jnp.ones((8, 2), jnp.bfloat16), shard)
         total = jax.jit(lambda t, s: t + s)(table, split)
     assert total.sharding.is_equivalent_to(shard, 2)
-    np.testing.assert_array_equal(total[:5, 0], [3, 15, 1, 5, 9])
+    total = np.asarray(total, np.float32)
+    np.testing.assert_array_equal(total[:, 0], [3, 15, 1, 5, 9, 1, 1, 11])
 
 
 def test_shard_map_and_all_gather(slices):
