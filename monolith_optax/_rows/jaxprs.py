@@ -19,7 +19,8 @@ Equation = core.JaxprEqn
 # that carry derivative rules of their own are apart: who runs their program instead
 # loses the rules.
 CALLS = frozenset(
-    ["jit", "pjit", "closed_call", "core_call", "call", "checkpoint", "remat", "remat2"]
+    {"jit", "pjit", "closed_call", "core_call", "call"}
+    | {"checkpoint", "remat", "remat2"}
 )
 CUSTOM_DERIVATIVES = frozenset(
     ["custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"]
@@ -83,6 +84,11 @@ def bind(equation: Equation, operands: Sequence[Any], **changed: Any) -> list[An
     ):
         results = primitive.bind(*functions, *operands, **params)
     return list(results) if primitive.multiple_results else [results]
+
+
+def type_of(atom: core.Var | core.Literal) -> Any:
+    """The type of an operand or result of an equation."""
+    return atom.aval
 
 
 def source_line(equation: Equation) -> str:

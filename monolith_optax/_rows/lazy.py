@@ -1,5 +1,7 @@
-"""lazy_rows: an optimizer step on a table that touches the rows of a batch alone."""
+"""lazy_rows: an optimizer step on a table that touches only the rows of a batch."""
 
+import functools
+import itertools
 from typing import Any
 
 import jax
@@ -7,15 +9,13 @@ import numpy as np
 import optax
 from jax.tree_util import keystr
 
+from monolith_optax._rows.constants import ZERO
 from monolith_optax._rows.duplicates import sum_duplicates
-from monolith_optax._rows.rowwise import (
-    ALL,
-    Places,
-    check_rowwise,
-    scatter,
-    update_rows,
-)
+from monolith_optax._rows.jaxprs import trace
+from monolith_optax._rows.program import MixesRowsError, Rows, Runner, Value, Whole
 from monolith_optax._rows.slices import RowSlices
+from monolith_optax._rows.slots import WHOLE, Leaf, check_kind, owners
+from monolith_optax._rows.tables import Table
 
 
 def lazy_rows(
@@ -67,7 +67,8 @@ def lazy_rows(
        [0.999 0.999]] [0. 1.]
     """
     inner = optax.with_extra_args_support(inner)
-    checked = set()
+    # So that calls outside of a jit trace only once, too.
+    jitted = jax.jit(functools.partial(_step, inner))
 
     def update(
         updates: optax.Updates,
@@ -75,31 +76,14 @@ def lazy_rows(
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
-        if not any(map(is_slices, jax.tree.leaves(updates, is_leaf=is_slices))):
-            dense: tuple[Any, Any] = inner.update(updates, state, params, **extra_args)
-            return dense
-        _check_slices(updates, params)
-        summed = jax.tree.map(
-            lambda g, p: sum_duplicates(g, len(p)) if is_slices(g) else g,
-            updates,
-            params,
-            is_leaf=is_slices,
-        )
-        places = jax.tree.map(
-            lambda g: Places(g.ids) if is_slices(g) else ALL, summed, is_leaf=is_slices
-        )
-        gradients = jax.tree.map(
-            lambda g: g.rows if is_slices(g) else g, summed, is_leaf=is_slices
-        )
-        layout = _layout(params, places)
-        if layout not in checked:
-            check_rowwise(inner, params, places, extra_args)
-            checked.add(layout)
-        few, new_rows, state_places = update_rows(
-            inner, gradients, state, params, places, extra_args
-        )
-        new_state = jax.tree.map(scatter, state_places, state, new_rows)
-        return jax.tree.map(_as_slices, places, few), new_state
+        step = inner.update
+        if any(map(is_slices, jax.tree.leaves(updates, is_leaf=is_slices))):
+            check_kind(state)
+            _check_slices(updates, params)
+            only_arrays = all(map(_is_array, jax.tree.leaves(extra_args)))
+            step = jitted if only_arrays else functools.partial(_step, inner)
+        result: tuple[Any, Any] = step(updates, state, params, **extra_args)
+        return result
 
     return optax.GradientTransformationExtraArgs(inner.init, update)
 
@@ -109,19 +93,120 @@ def is_slices(node: Any) -> bool:
     return isinstance(node, RowSlices)
 
 
-def _as_slices(place: Any, updates: jax.Array) -> Any:
-    return updates if place is ALL else RowSlices(place.ids, updates)
+def _is_array(leaf: Any) -> bool:
+    """Whether a leaf may be traced; functions, strings and flags may not."""
+    kinds = jax.Array, np.ndarray, np.generic, int, float, complex
+    return isinstance(leaf, kinds) and not isinstance(leaf, bool)
 
 
-def _layout(params: optax.Params, places: Any) -> Any:
-    """What the check of the inner optimizer depends on."""
-    leaves = [
-        (np.ndim(param), place is ALL)
-        for param, place in zip(
-            jax.tree.leaves(params), jax.tree.leaves(places), strict=True
-        )
+def _step(
+    inner: optax.GradientTransformationExtraArgs,
+    updates: optax.Updates,
+    state: optax.OptState,
+    params: optax.Params,
+    **extra_args: Any,
+) -> tuple[optax.Updates, optax.OptState]:
+    """One step on the rows that the slices name, and on all of the dense leaves."""
+    structure = jax.tree.structure(params)
+    gradients, weights = _gradients_and_weights(updates, params)
+    owner_tree = jax.tree.unflatten(structure, [leaf.owner for leaf in weights])
+    slots, slots_structure = _slots(inner, state, params, owner_tree)
+    extra, extra_structure = jax.tree.flatten(extra_args)
+    arrays = [leaf for leaf in extra if _is_array(leaf)]
+
+    runner = Runner([leaf.owner for leaf in weights if isinstance(leaf.owner, Table)])
+    operands = [
+        gradients,
+        [leaf.value(runner) for leaf in slots],
+        [leaf.value(runner) for leaf in weights],
+        [runner.whole(array) for array in arrays],
     ]
-    return jax.tree.structure(params), tuple(leaves)
+    types = [
+        list(map(_whole_type, operands[0], [leaf.array for leaf in weights])),
+        list(map(_whole_type, operands[1], [leaf.array for leaf in slots])),
+        list(map(_whole_type, operands[2], [leaf.array for leaf in weights])),
+        list(map(jax.typeof, arrays)),
+    ]
+
+    def whole_step(gradients: Any, slots: Any, weights: Any, arrays: Any) -> Any:
+        arrays = iter(arrays)
+        leaves = [next(arrays) if _is_array(leaf) else leaf for leaf in extra]
+        return inner.update(
+            jax.tree.unflatten(structure, gradients),
+            jax.tree.unflatten(slots_structure, slots),
+            jax.tree.unflatten(structure, weights),
+            **jax.tree.unflatten(extra_structure, leaves),
+        )
+
+    program, shapes = trace(whole_step, *types)
+    given: Any = jax.tree.structure((updates, state), is_leaf=is_slices)
+    if jax.tree.structure(shapes) != given:
+        raise MixesRowsError("updates or state change their structure")
+    results = runner.run(program, list(itertools.chain(*operands)))
+    new_updates, new_slots = results[: len(weights)], results[len(weights) :]
+    return (
+        jax.tree.unflatten(structure, map(_update, new_updates, weights)),
+        jax.tree.unflatten(
+            slots_structure,
+            [
+                leaf.written(new, old, runner)
+                for leaf, new, old in zip(slots, new_slots, operands[1], strict=True)
+            ],
+        ),
+    )
+
+
+def _gradients_and_weights(
+    updates: optax.Updates, params: optax.Params
+) -> tuple[list[Value], list[Leaf]]:
+    gradients: list[Value] = []
+    weights = []
+    for (path, param), gradient in zip(
+        jax.tree.leaves_with_path(params),
+        jax.tree.leaves(updates, is_leaf=is_slices),
+        strict=True,
+    ):
+        name = f"params{keystr(path)}"
+        if is_slices(gradient):
+            summed = sum_duplicates(gradient, len(param))
+            table = Table(name, len(param), summed.ids)
+            gradients.append(Rows(summed.rows, table, ZERO))
+            weights.append(Leaf(param, name, table))
+        else:
+            gradients.append(Whole(gradient))
+            weights.append(Leaf(param, name, WHOLE))
+    return gradients, weights
+
+
+def _slots(
+    inner: optax.GradientTransformation,
+    state: optax.OptState,
+    params: optax.Params,
+    owner_tree: Any,
+) -> tuple[list[Leaf], Any]:
+    leaves, structure = jax.tree.flatten_with_path(state)
+    found = owners(inner, state, params, owner_tree)
+    return [
+        Leaf(slot, f"state{keystr(path)}", owner)
+        for (path, slot), owner in zip(leaves, found, strict=True)
+    ], structure
+
+
+def _whole_type(value: Value, whole: Any) -> Any:
+    """The type of what a value is in the whole step."""
+    if not isinstance(value, Rows):
+        return jax.typeof(value.at(None))
+    whole_type = jax.typeof(whole)
+    # Rows vary over devices as ids do, so this is not the type of what is whole.
+    return jax.typeof(value.array).update(
+        shape=whole_type.shape, sharding=whole_type.sharding
+    )
+
+
+def _update(value: Value, weight: Leaf) -> Any:
+    if weight.owner is not WHOLE:
+        return RowSlices(weight.owner.ids, weight.rows(value))
+    return weight.all(value)
 
 
 def _check_slices(updates: optax.Updates, params: optax.Params | None) -> None:
