@@ -12,10 +12,11 @@ from jax.tree_util import keystr
 from monolith_optax._rows.constants import ZERO
 from monolith_optax._rows.duplicates import sum_duplicates
 from monolith_optax._rows.jaxprs import trace
-from monolith_optax._rows.program import MixesRowsError, Rows, Runner, Value, Whole
+from monolith_optax._rows.program import Runner
 from monolith_optax._rows.slices import RowSlices
 from monolith_optax._rows.slots import WHOLE, Leaf, check_kind, owners
 from monolith_optax._rows.tables import Table
+from monolith_optax._rows.values import MixesRowsError, Rows, Value, Whole
 
 
 def lazy_rows(

@@ -9,80 +9,24 @@ which rows without a gradient add nothing.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
 import jax.numpy as jnp
-from jax import lax
 
 from monolith_optax._rows import constants, jaxprs, rules
-from monolith_optax._rows.constants import UNKNOWN, Constant
+from monolith_optax._rows.conditionals import run_cond
+from monolith_optax._rows.derivatives import run_with_derivatives
 from monolith_optax._rows.jaxprs import Equation, Program
 from monolith_optax._rows.reductions import is_over_rows, reduce_rows
 from monolith_optax._rows.tables import Table
-
-
-class MixesRowsError(ValueError):
-    """A step would need rows of a table that the batch does not have."""
-
-    def __init__(self, what: str) -> None:
-        super().__init__(
-            "lazy_rows needs an optimizer that treats each row by itself, but in this "
-            f"one {what}. Step on it densely, or give its tables to another optimizer "
-            "with optax.partition."
-        )
-
-
-@dataclass(frozen=True, eq=False)
-class Whole:
-    """An array; `constant` is what is known of its entries."""
-
-    array: Any
-    constant: Constant = UNKNOWN
-
-    def at(self, table: Table | None) -> Any:
-        """The rows of a table's batch; or all there are."""
-        return self.array if table is None else table.gather(self.array)
-
-
-@dataclass(frozen=True, eq=False)
-class Rows:
-    """Rows of a table at the batch's positions.
-
-    `constant` is what is known of the rows without a gradient.
-    """
-
-    array: jax.Array
-    table: Table
-    constant: Constant = UNKNOWN
-
-    def at(self, table: Table | None) -> jax.Array:
-        """The rows; there are none of another table, and nobody has all."""
-        assert table is self.table
-        return self.array
-
-
-@dataclass(frozen=True, eq=False)
-class Pending:
-    """As many rows as a table has, not made before it is known where they are needed.
-
-    `make` makes them at the positions of a table's batch, or all of them. `constant` is
-    what is known of all of their entries.
-    """
-
-    make: Callable[[Table | None, dict[Any, Any]], Any]
-    constant: Constant = UNKNOWN
-
-    def at(self, table: Table | None, made: dict[Any, Any] | None = None) -> Any:
-        """The rows of a table's batch; or all there are."""
-        made = {} if made is None else made
-        if self not in made:
-            made[self] = self.make(table, made)
-        return made[self]
-
-
-Value = Whole | Rows | Pending
+from monolith_optax._rows.values import (
+    MixesRowsError,
+    Pending,
+    Rows,
+    Value,
+    Whole,
+    common_table,
+)
 
 
 class Runner:
@@ -130,20 +74,14 @@ class Runner:
             program = jaxprs.called_program(equation)
             assert program is not None
             return self.run(program, operands)
-        tables = {value.table: None for value in operands if isinstance(value, Rows)}
         by_row = any(not isinstance(value, Whole) for value in operands)
         if name in _HINTS and by_row:
             return operands
-        if name == "cond" and by_row:
-            return self._cond(equation, operands)
-        if not tables:
+        if name in _WITH_PROGRAMS and by_row:
+            return _WITH_PROGRAMS[name](self.run, equation, operands)
+        table = common_table(equation, operands)
+        if table is None:
             return self._without_rows(equation, operands)
-        if len(tables) > 1:
-            raise MixesRowsError(
-                f"{jaxprs.source_line(equation)} combines rows of "
-                f"{' and '.join(table.name for table in tables)}"
-            )
-        [table] = tables
         return self._on_rows(equation, operands, table)
 
     def _on_rows(
@@ -210,62 +148,10 @@ class Runner:
 
         return make
 
-    def _cond(self, equation: Equation, operands: list[Value]) -> Sequence[Value]:
-        index, *operands = operands
-        programs = jaxprs.branches(equation)
 
-        def switch(take: Callable[[list[Value]], Any]) -> Any:
-            branches = [
-                lambda program=program: take(self.run(program, operands))
-                for program in programs
-            ]
-            return lax.switch(index.at(None), branches)
-
-        kinds = list(zip(*self._abstractly(programs, operands), strict=True))
-        tables = [_table_of(equation, alternatives) for alternatives in kinds]
-        known = [constants.joined([k.constant for k in each]) for each in kinds]
-        ready = [
-            i
-            for i, each in enumerate(kinds)
-            if any(kind.type is not Pending for kind in each)
-        ]
-        arrays = switch(lambda values: [values[i].at(tables[i]) for i in ready])
-
-        def result(i: int) -> Value:
-            if i not in ready:
-                return Pending(lambda t, _: switch(lambda v: v[i].at(t)), known[i])
-            array, table = arrays[ready.index(i)], tables[i]
-            if table is None:
-                return Whole(array, known[i])
-            return Rows(array, table, known[i])
-
-        return list(map(result, range(len(kinds))))
-
-    def _abstractly(
-        self, programs: list[Program], operands: list[Value]
-    ) -> "list[list[_Kind]]":
-        """The kinds of the results of some programs."""
-        kinds: list[list[_Kind]] = []
-
-        def run() -> None:
-            for program in programs:
-                values = self.run(program, operands)
-                kinds.append([_Kind.of(value) for value in values])
-
-        jax.eval_shape(run)
-        return kinds
-
-
-class _Kind(NamedTuple):
-    type: type[Value]
-    table: Table | None
-    constant: Constant
-
-    @classmethod
-    def of(cls, value: Value) -> "_Kind":
-        table = value.table if isinstance(value, Rows) else None
-        return cls(type(value), table, value.constant)
-
+_WITH_PROGRAMS = {"cond": run_cond} | dict.fromkeys(
+    jaxprs.CUSTOM_DERIVATIVES, run_with_derivatives
+)
 
 # What these say of whole tables need not hold for rows of a batch.
 _HINTS = ("sharding_constraint", "optimization_barrier")
@@ -302,14 +188,3 @@ def _evaluation(plan: rules.Plan) -> Callable[[list[Any]], list[Any]]:
 
 def _bind_whole(equation: Equation, operands: list[Value]) -> list[Any]:
     return jaxprs.bind(equation, [value.at(None) for value in operands])
-
-
-def _table_of(equation: Equation, alternatives: Sequence[_Kind]) -> Table | None:
-    """The table whose rows one of several values is."""
-    tables = {kind.table: None for kind in alternatives if kind.table is not None}
-    if len(tables) > 1:
-        raise MixesRowsError(
-            f"{jaxprs.source_line(equation)} gives rows of "
-            f"{' or '.join(table.name for table in tables)}"
-        )
-    return next(iter(tables), None)

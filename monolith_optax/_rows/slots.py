@@ -6,8 +6,9 @@ import jax
 import numpy as np
 import optax
 
-from monolith_optax._rows.program import MixesRowsError, Rows, Runner, Value, Whole
+from monolith_optax._rows.program import Runner
 from monolith_optax._rows.tables import Table
+from monolith_optax._rows.values import MixesRowsError, Rows, Value, Whole
 
 WHOLE = object()  # leaves of dense parameters
 ANYBODY = object()  # leaves of which only the program can say whose they are
