@@ -115,8 +115,8 @@ def _with_vjp(
             table = _table(operands[i])
             if table is None and isinstance(value, Rows):
                 raise MixesRowsError(
-                    f"the derivative of {jaxprs.source_line(equation)} depends on "
-                    f"rows of {value.table.name}"
+                    f"has a derivative that depends on rows of {value.table.name}",
+                    equation,
                 )
             after[i] = value.at(table)
         return tuple(after)

@@ -91,14 +91,18 @@ def type_of(atom: core.Var | core.Literal) -> Any:
     return atom.aval
 
 
-def source_line(equation: Equation) -> str:
-    """The operation and the user's line that it comes from: 'mul at model.py:41'."""
-    summary = source_info_util.summarize(equation.source_info)
-    place, _, _ = summary.partition(" (")
-    file, *numbers = place.rsplit(":", 2)
-    if not numbers:
-        return str(equation.primitive.name)
-    return f"{equation.primitive.name} at {pathlib.PurePath(file).name}:{numbers[0]}"
+def source_line(equation: Equation, *callers: Equation) -> str:
+    """The operation and the user's line that it comes from: 'mul at model.py:41'.
+
+    In JAX's own functions operations may know no line; it then is that of a caller.
+    """
+    name = str(equation.primitive.name)
+    for each in (equation, *callers):
+        place, _, _ = source_info_util.summarize(each.source_info).partition(" (")
+        file, *numbers = place.rsplit(":", 2)
+        if numbers:
+            return f"{name} at {pathlib.PurePath(file).name}:{numbers[0]}"
+    return name
 
 
 def called_program(equation: Equation) -> Program | None:

@@ -73,7 +73,11 @@ class Runner:
         if name in jaxprs.CALLS:
             program = jaxprs.called_program(equation)
             assert program is not None
-            return self.run(program, operands)
+            try:
+                return self.run(program, operands)
+            except MixesRowsError as error:
+                error.equations.append(equation)
+                raise
         by_row = any(not isinstance(value, Whole) for value in operands)
         if name in _HINTS and by_row:
             return operands
@@ -102,15 +106,14 @@ class Runner:
             if result is not None:
                 return [Whole(result)]
         raise MixesRowsError(
-            f"{jaxprs.source_line(equation)} needs rows of {table.name} that the "
-            "batch does not look up"
+            f"needs rows of {table.name} that the batch does not look up", equation
         )
 
     def _without_rows(
         self, equation: Equation, operands: list[Value]
     ) -> Sequence[Value]:
         plan = rules.plan(equation, [isinstance(value, Pending) for value in operands])
-        if plan is None or not (any(plan.by_row) or rules.makes_rows(equation)):
+        if plan is None or not (any(plan.by_row) or rules.needs_no_rows(equation)):
             return list(map(Whole, _bind_whole(equation, operands)))
         known = [value.constant for value in operands]
         after = constants.after(equation, known, _evaluation(plan))

@@ -45,13 +45,14 @@ def plan(equation: Equation, by_row: Sequence[bool]) -> Plan | None:
     """
     name = str(equation.primitive.name)
     if name in ELEMENTWISE:
-        return _elementwise(equation)
+        return _elementwise(equation, list(by_row))
     return RULES[name](equation, list(by_row)) if name in RULES else None
 
 
-def makes_rows(equation: Equation) -> bool:
-    """Whether an equation may make rows of operands that have none."""
-    return equation.primitive.name in ("broadcast_in_dim", "iota", "random_bits")
+def needs_no_rows(equation: Equation) -> bool:
+    """Whether an equation with a plan also has one for operands without rows."""
+    makes_rows = ("broadcast_in_dim", "iota", "random_bits")
+    return equation.primitive.name in ELEMENTWISE.union(makes_rows)
 
 
 ELEMENTWISE = frozenset(
@@ -74,11 +75,21 @@ def _shapes(equation: Equation) -> list[tuple[int, ...]]:
     return [type_of(operand).shape for operand in equation.invars]
 
 
-def _elementwise(equation: Equation) -> Plan | None:
-    shapes = set(_shapes(equation)) | {type_of(out).shape for out in equation.outvars}
-    if len(shapes - {()}) != 1:
+def _elementwise(equation: Equation, by_row: list[bool]) -> Plan | None:
+    """Operands have the shape of the results, but may have axes of 1, or none."""
+    shapes = {type_of(result).shape for result in equation.outvars}
+    if len(shapes) != 1:
         return None
-    return Plan(equation, [shape != () for shape in _shapes(equation)])
+    [shape] = shapes
+    for operand in filter(None, _shapes(equation)):
+        if any(a not in (1, b) for a, b in zip(operand, shape, strict=False)):
+            return None
+    needed = [bool(operand) and operand[0] == shape[0] for operand in _shapes(equation)]
+    return Plan(equation, needed) if _all_in(by_row, needed) else None
+
+
+def _all_in(by_row: list[bool], needed: list[bool]) -> bool:
+    return all(need or not row for row, need in zip(by_row, needed, strict=True))
 
 
 def _along_columns(equation: Equation, by_row: list[bool]) -> Plan | None:

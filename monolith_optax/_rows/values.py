@@ -14,11 +14,17 @@ from monolith_optax._rows.tables import Table
 class MixesRowsError(ValueError):
     """A step would need rows of a table that the batch does not have."""
 
-    def __init__(self, what: str) -> None:
-        super().__init__(
+    def __init__(self, what: str, equation: Equation | None = None) -> None:
+        super().__init__(what)
+        # The equation that does it, and the calls that lead to it.
+        self.equations = [] if equation is None else [equation]
+
+    def __str__(self) -> str:
+        what = [source_line(*self.equations)] if self.equations else []
+        return (
             "lazy_rows needs an optimizer that treats each row by itself, but in this "
-            f"one {what}. Step on it densely, or give its tables to another optimizer "
-            "with optax.partition."
+            f"one {' '.join([*what, *self.args])}. Step on it densely, or give its "
+            "tables to another optimizer with optax.partition."
         )
 
 
@@ -114,8 +120,8 @@ def common_table(
     tables = list(dict.fromkeys(table for table in found if table is not None))
     if len(tables) > 1:
         raise MixesRowsError(
-            f"{source_line(equation)} combines rows of "
-            f"{' and '.join(table.name for table in tables)}"
+            f"combines rows of {' and '.join(table.name for table in tables)}",
+            equation,
         )
     return tables[0] if tables else None
 
