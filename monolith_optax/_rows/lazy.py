@@ -81,6 +81,7 @@ def lazy_rows(
         if any(map(is_slices, jax.tree.leaves(updates, is_leaf=is_slices))):
             check_kind(state)
             _check_slices(updates, params)
+            _check_extra_args(extra_args)
             only_arrays = all(map(_is_array, jax.tree.leaves(extra_args)))
             step = jitted if only_arrays else functools.partial(_step, inner)
         result: tuple[Any, Any] = step(updates, state, params, **extra_args)
@@ -208,6 +209,12 @@ def _update(value: Value, weight: Leaf) -> Any:
     if weight.owner is not WHOLE:
         return RowSlices(weight.owner.ids, weight.rows(value))
     return weight.all(value)
+
+
+def _check_extra_args(extra_args: dict[str, Any]) -> None:
+    for name, value in extra_args.items():
+        if any(map(is_slices, jax.tree.leaves(value, is_leaf=is_slices))):
+            raise MixesRowsError(f"the extra argument {name} holds RowSlices")
 
 
 def _check_slices(updates: optax.Updates, params: optax.Params | None) -> None:

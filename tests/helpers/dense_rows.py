@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 from monolith_optax import RowSlices, lazy_rows
 
@@ -70,6 +71,15 @@ def dense_step(inner, gradients, state, params, **extra):
     return put_back(updates, zeros, rows), put_back(new_state, state, rows)
 
 
+def stateless(rule):
+    """An optimizer that applies a rule to gradient and parameter of the table."""
+
+    def update(g, state, params):
+        return g | {"table": rule(g["table"], params["table"])}, state
+
+    return optax.GradientTransformation(lambda _: optax.EmptyState(), update)
+
+
 def assert_lazy_is_dense(inner, *, scale=1.0, dtype="float64", rtol=1e-11, **extra):
     """Takes a few steps both ways; call it with 64 bits enabled."""
     lazy = lazy_rows(inner)
@@ -101,3 +111,11 @@ def assert_same_type(new, old):
     """Shape, dtype and sharding; weak types may become strong."""
     new, old = jax.typeof(new), jax.typeof(old)
     assert (new.shape, new.dtype, new.sharding) == (old.shape, old.dtype, old.sharding)
+
+
+def assert_refused(inner, match, gradients=None, **extra):
+    """The lazy step is refused with a message that matches."""
+    params = parameters()
+    tx = lazy_rows(inner)
+    with pytest.raises(ValueError, match=rf"lazy_rows needs .*{match}"):
+        tx.update(gradients or next(batches()), tx.init(params), params, **extra)

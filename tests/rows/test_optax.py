@@ -1,15 +1,9 @@
 """What lazy_rows makes of the optimizers of optax: right, or refused."""
 
-import functools
-import inspect
-
 import jax
-import jax.numpy as jnp
 import optax
 import pytest
 from dense_rows import assert_lazy_is_dense, batches, parameters
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from optax import contrib
 from registry import VARIANTS
 
