@@ -144,6 +144,11 @@ def _step(
     given: Any = jax.tree.structure((updates, state), is_leaf=is_slices)
     if jax.tree.structure(shapes) != given:
         raise MixesRowsError("updates or state change their structure")
+    for leaf, after in zip([*weights, *slots], jax.tree.leaves(shapes), strict=True):
+        if leaf.owner is not WHOLE and np.shape(leaf.array) != after.shape:
+            raise MixesRowsError(
+                f"what is {np.shape(leaf.array)} for {leaf.name} becomes {after.shape}"
+            )
     results = runner.run(program, list(itertools.chain(*operands)))
     new_updates, new_slots = results[: len(weights)], results[len(weights) :]
     return (
