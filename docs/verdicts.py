@@ -132,8 +132,7 @@ def page() -> str:
         [
             "# Which optimizers lazy_rows takes",
             "",
-            f"Those of optax {optax.__version__}; for others run "
-            + "`python docs/verdicts.py`.",
+            f"With optax {optax.__version__}; `python docs/verdicts.py` asks yours.",
             "",
             "## Accepted",
             "",

@@ -159,9 +159,9 @@ def test_any_ids(ids, seed):
     result = optax.apply_updates(params, updates)
     expected = -to_dense(gradients)["table"]
     np.testing.assert_allclose(result["table"], expected, atol=1e-5)
-    touched = updates["table"].ids[updates["table"].ids < NUM_ROWS]
-    assert sorted({i for i in ids if 0 <= i < NUM_ROWS}) == sorted(touched.tolist())
-    assert len(set(updates["table"].ids.tolist())) == len(ids)
+    touched = [i for i in updates["table"].ids.tolist() if i != -1]
+    assert sorted({i for i in ids if 0 <= i < NUM_ROWS}) == sorted(touched)
+    assert updates["table"].ids.shape == (len(ids),)
 
 
 @pytest.mark.parametrize("name", ELEMENTWISE)
@@ -414,14 +414,6 @@ def test_padding_sees_no_row_of_the_table():
     gradients = batch(np.array([1, 1, -1]))
     updates, _ = tx.update(gradients, (ours._replace(m=m, v=m), clip), params)
     chex.assert_tree_all_finite(updates["dense"])
-
-
-def test_ids_that_a_transformation_has_scaled_are_refused(params):
-    tx = optax.chain(lazy_rows(optax.scale_by_adam()), optax.scale(-0.1))
-    gradients = batch(np.array([7, 2]))
-    updates, _ = tx.update(gradients, tx.init(params), params)
-    with pytest.raises(ValueError, match="have become float32"):
-        optax.apply_updates(params, updates)
 
 
 def test_wide_ids_without_wide_integers_are_padding():
