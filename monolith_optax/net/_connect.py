@@ -173,8 +173,8 @@ def _interleaved(addresses: list[SocketAddress]) -> list[SocketAddress]:
     return [address for turn in turns for address in turn if address is not None]
 
 
-# Happy Eyeballs (RFC 8305): attempts start one after the other, each some time after the
-# one before or as soon as that has failed, and run beside each other until one
+# Happy Eyeballs (RFC 8305): attempts start one after the other, each with a head start
+# over the next that ends early if it fails, and run beside each other until one
 # succeeds. So an address that never answers costs one head start, not the timeout, and
 # a slow address still wins if all others are silent. The RFC has no bound on open
 # sockets. We have one: an attempt takes another socket only if nobody waits for it,

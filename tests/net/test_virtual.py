@@ -341,7 +341,7 @@ def test_closing_a_watch_ends_it():
 def check_name(monkeypatch):
     """Checks a name of made-up addresses: returns its status."""
 
-    def check_name(addresses, *, timeout=1.0, sockets=None):
+    def check_name(addresses, *, timeout=1.0, sockets=None, lateness=0.0):
         monkeypatch.setattr(_connect, "attempt", addresses.attempt)
         if sockets is not None:
             monkeypatch.setattr(_round, "_descriptors_left", lambda: sockets)
@@ -352,7 +352,7 @@ def check_name(monkeypatch):
                     ["name:80"], timeout=timeout, connector=connector
                 )
 
-        [status] = run_virtually(run())[0].results
+        [status] = run_virtually(run(), lateness)[0].results
         assert addresses.running == 0
         assert {address[1] for address, _ in addresses.attempts} <= {80}
         return status
@@ -389,6 +389,11 @@ def test_any_number_of_silent_addresses_hides_no_live_one(
     name = Addresses(behaviours | {"10.0.0.1": 0.9 * left}, lookup_seconds)
     assert check_name(name, sockets=sockets).alive
     assert name.most_running <= sockets
+
+
+def test_head_starts_that_last_too_long_hide_no_live_address(check_name):
+    silent = dict.fromkeys((f"10.0.1.{i}" for i in range(8)), SILENT)
+    assert check_name(Addresses(silent | {"10.0.0.1": 0.01}), lateness=0.03).alive
 
 
 def test_a_slow_address_beside_silent_ones_is_waited_for(check_name):
