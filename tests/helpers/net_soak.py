@@ -54,7 +54,7 @@ class Node:
     """A listening socket that can be killed and restarted."""
 
     def __init__(self, ip, port, name=None):
-        self.place = ip, port
+        self.socket_address = ip, port
         self.address = f"{name or ip}:{port}"
         self.times = collections.Counter({True: 0, False: 0})  # it came up, went down
         self.changed = 0.0
@@ -65,7 +65,8 @@ class Node:
         up = self.server is None
         self.times[up] += 1  # before anybody can see it
         if up:
-            self.server = socket.create_server(self.place)
+            self.server = socket.create_server(self.socket_address)
+            self.server.setblocking(False)
         else:
             self.server.close()
             self.server = None
@@ -74,6 +75,12 @@ class Node:
     @property
     def up(self):
         return self.server is not None
+
+    def accept(self):
+        """Empties the queue of connections: a node whose queue is full is silent."""
+        with contextlib.suppress(BlockingIOError):
+            while self.up:
+                self.server.accept()[0].close()
 
 
 class Distant:
@@ -130,7 +137,12 @@ def main(seconds, count, there):
     reader.start()
     end = time.monotonic() + seconds
     rng = random.Random(seconds)
+    accepted = 0.0
     while (now := time.monotonic()) < end:
+        if now > accepted + 1.0:
+            accepted = now
+            for node in [*named, *numbered]:
+                node.accept()
         ready = [n for n in mortals if now - n.changed > ROUNDS_TO_NOTICE]
         if ready and now < end - QUIET:
             rng.choice(ready).toggle()

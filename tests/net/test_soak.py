@@ -30,11 +30,11 @@ def test_watching_nodes_that_come_and_go():
     except NoNamespacesError as error:
         pytest.skip(str(error))
     found = json.loads(result.stdout)
-    print(found)
+    print({k: v[:9] if isinstance(v, list) else v for k, v in found.items()})
     assert result.stderr == ""
     assert found["changes"] > NODES
     assert found["transitions"] > NODES
-    assert found["false transitions"] == []
-    assert found["wrong at the end"] == []
+    assert found["false transitions"][:9] == []
+    assert found["wrong at the end"][:9] == []
     assert found["tasks gained"] == found["files gained"] == 0
     assert found["kilobytes gained"] < 1024
