@@ -143,15 +143,14 @@ class _Round:
         await self.sockets.acquire()
         start = self.clock()
         timeout = min(self.timeout, self.end - start)
-        running: asyncio.Future[Any]
-        # Another class may have a way of its own to connect.
+        # A subclass may connect in its own way.
         if numeric is not None and type(self.connector) is TcpConnector:
-            running = attempt(numeric, timeout)
-            running.add_done_callback(partial(self.settle, given, start, timeout))
-            self.attempts.append(running)
+            outcome = attempt(numeric, timeout)
+            outcome.add_done_callback(partial(self.settle, given, start, timeout))
+            self.attempts.append(outcome)
         else:
-            running = tasks.create_task(self.in_task(given, address, timeout))
-        running.add_done_callback(self.release)
+            task = tasks.create_task(self.in_task(given, address, timeout))
+            task.add_done_callback(self.release)
 
     async def in_task(self, given: Any, address: Address, timeout: float) -> None:
         self.statuses[given] = await probe(
@@ -165,11 +164,12 @@ class _Round:
         timeout: float,
         outcome: asyncio.Future[OSError | None],
     ) -> None:
+        self.release()
         if not outcome.cancelled():
             latency = self.clock() - start
             self.statuses[given] = status_of(given, outcome.result(), latency, timeout)
 
-    def release(self, _: object) -> None:
+    def release(self, _: object = None) -> None:
         self.probes.release()
         self.sockets.release()
 
