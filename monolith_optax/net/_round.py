@@ -12,11 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from monolith_optax.net._address import Address
-from monolith_optax.net._arguments import (
-    check_at_least_one,
-    check_positive,
-    targets_of,
-)
+from monolith_optax.net._arguments import check_bound, check_positive, targets_of
 from monolith_optax.net._connect import Connector, TcpConnector, attempt, cancel
 from monolith_optax.net._probe import NodeStatus, Target, probe, status_of
 from monolith_optax.net._reason import Reason
@@ -71,7 +67,7 @@ to 65535, not '99999'.)
     """
     targets = targets_of(addrs)
     check_positive(timeout=timeout)
-    check_at_least_one(max_concurrency=max_concurrency)
+    check_bound(max_concurrency=max_concurrency)
     async with own_or(connector) as connect:
         return await probe_all(targets, timeout, max_concurrency, connect)
 

@@ -477,6 +477,11 @@ BAD_USE = [
         ValueError,
         "success_threshold",
     ),
+    (
+        lambda: watch_nodes([], interval=1, success_threshold=None),
+        ValueError,
+        "success_threshold",
+    ),
     (lambda: watch_nodes("a:1", interval=1), TypeError, "addrs must be a list"),
     (lambda: NodeAliveChecker(7), TypeError, "addrs must be a list"),
     (lambda: NodeAliveChecker("a:1"), TypeError, "addrs must be a list"),
