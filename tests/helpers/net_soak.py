@@ -156,9 +156,13 @@ def main(seconds, count, there):
             accepted = now
             for node in [*named, *numbered]:
                 node.accept()
-        ready = [n for n in mortals if now - n.changed > STEADY]
-        if ready and now < end - STEADY:
-            rng.choice(ready).toggle()
+        if now < end - STEADY:
+            ready = [n for n in mortals if now - n.changed > STEADY]
+            changing = rng.sample(ready, min(1, len(ready)))
+        else:  # all come up: then there are pauses between rounds, with no file open
+            changing = [n for n in mortals if not n.up]
+        for node in changing:
+            node.toggle()
         time.sleep(rng.expovariate(len(mortals) / STEADY))
     watch.kill()
     reader.join()
