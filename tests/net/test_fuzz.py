@@ -1,6 +1,6 @@
 """Addresses and TF_CONFIG that nobody would write: parsed rightly, or a ValueError.
 
-Longer by hand: NET_FUZZ_INPUTS=1000000 pytest -m slow --timeout 0 tests/net/test_fuzz.py
+Longer by hand: NET_FUZZ_INPUTS=1000000 pytest -m slow --timeout 0 THIS_FILE
 """
 
 import ipaddress
@@ -9,7 +9,7 @@ import os
 import random
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from monolith_optax.net import (
@@ -83,16 +83,19 @@ def mutations(seeds, count, seed=0):
         yield text
 
 
+@settings(suppress_health_check=[HealthCheck.too_slow])
 @given(st.text() | st.text(alphabet="[]:%.019afx-_é\0"))
 def test_any_text_as_an_address(text):
     check_address(text)
 
 
+@settings(suppress_health_check=[HealthCheck.too_slow])  # it looks at the clock
 @given(
     st.text()
     | st.recursive(
         st.none() | st.booleans() | st.floats() | st.text(),
         lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+        max_leaves=10,
     ).map(lambda value: json.dumps({"cluster": value}))
 )
 def test_any_text_as_a_cluster(text):

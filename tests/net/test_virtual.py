@@ -10,7 +10,7 @@ import random
 import socket
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from net_doubles import REFUSED, Addresses, Late, Nodes, run_virtually
 
@@ -298,6 +298,7 @@ def test_local_faults_count_neither_way_when_watching():
     assert watch(nodes, 100, interval=10.0) == [(0.0, "a", True)]
 
 
+@settings(suppress_health_check=[HealthCheck.too_slow])  # it looks at the clock
 @given(st.lists(st.booleans(), max_size=30), st.integers(1, 4), st.integers(1, 4))
 def test_thresholds_against_a_model(history, failures, successes):
     nodes = Nodes(a=lambda now: 0.0 if history[round(now)] else REFUSED)
