@@ -10,8 +10,15 @@ from monolith_optax.embedding._adagrad import adagrad as adagrad
 from monolith_optax.embedding._rowwise_adagrad import (
     RowwiseAdagradState as RowwiseAdagradState,
 )
-from monolith_optax.embedding._rowwise_adagrad import (
-    rowwise_adagrad as rowwise_adagrad,
-)
+from monolith_optax.embedding._rowwise_adagrad import rowwise_adagrad as rowwise_adagrad
+from monolith_optax.embedding._sgd import SgdState as SgdState
+from monolith_optax.embedding._sgd import sgd as sgd
 
-__all__ = ["AdagradState", "RowwiseAdagradState", "adagrad", "rowwise_adagrad"]
+__all__ = [
+    "AdagradState",
+    "RowwiseAdagradState",
+    "SgdState",
+    "adagrad",
+    "rowwise_adagrad",
+    "sgd",
+]
