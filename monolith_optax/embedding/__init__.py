@@ -7,6 +7,8 @@ as in Monolith's hash tables.
 
 from monolith_optax.embedding._adagrad import AdagradState as AdagradState
 from monolith_optax.embedding._adagrad import adagrad as adagrad
+from monolith_optax.embedding._momentum import MomentumState as MomentumState
+from monolith_optax.embedding._momentum import momentum as momentum
 from monolith_optax.embedding._rowwise_adagrad import (
     RowwiseAdagradState as RowwiseAdagradState,
 )
@@ -16,9 +18,11 @@ from monolith_optax.embedding._sgd import sgd as sgd
 
 __all__ = [
     "AdagradState",
+    "MomentumState",
     "RowwiseAdagradState",
     "SgdState",
     "adagrad",
+    "momentum",
     "rowwise_adagrad",
     "sgd",
 ]
