@@ -9,6 +9,10 @@ from monolith_optax.embedding._adagrad import AdagradState as AdagradState
 from monolith_optax.embedding._adagrad import adagrad as adagrad
 from monolith_optax.embedding._momentum import MomentumState as MomentumState
 from monolith_optax.embedding._momentum import momentum as momentum
+from monolith_optax.embedding._moving_average import (
+    MovingAverageState as MovingAverageState,
+)
+from monolith_optax.embedding._moving_average import moving_average as moving_average
 from monolith_optax.embedding._rowwise_adagrad import (
     RowwiseAdagradState as RowwiseAdagradState,
 )
@@ -19,10 +23,12 @@ from monolith_optax.embedding._sgd import sgd as sgd
 __all__ = [
     "AdagradState",
     "MomentumState",
+    "MovingAverageState",
     "RowwiseAdagradState",
     "SgdState",
     "adagrad",
     "momentum",
+    "moving_average",
     "rowwise_adagrad",
     "sgd",
 ]
