@@ -5,6 +5,8 @@ leading axis. Inside `monolith_optax.lazy_rows` a step touches only the rows of 
 as in Monolith's hash tables.
 """
 
+from monolith_optax.embedding._adadelta import AdadeltaState as AdadeltaState
+from monolith_optax.embedding._adadelta import adadelta as adadelta
 from monolith_optax.embedding._adagrad import AdagradState as AdagradState
 from monolith_optax.embedding._adagrad import adagrad as adagrad
 from monolith_optax.embedding._momentum import MomentumState as MomentumState
@@ -21,11 +23,13 @@ from monolith_optax.embedding._sgd import SgdState as SgdState
 from monolith_optax.embedding._sgd import sgd as sgd
 
 __all__ = [
+    "AdadeltaState",
     "AdagradState",
     "MomentumState",
     "MovingAverageState",
     "RowwiseAdagradState",
     "SgdState",
+    "adadelta",
     "adagrad",
     "momentum",
     "moving_average",
