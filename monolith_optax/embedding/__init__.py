@@ -15,6 +15,8 @@ from monolith_optax.embedding._moving_average import (
     MovingAverageState as MovingAverageState,
 )
 from monolith_optax.embedding._moving_average import moving_average as moving_average
+from monolith_optax.embedding._rmsprop import RmspropState as RmspropState
+from monolith_optax.embedding._rmsprop import rmsprop as rmsprop
 from monolith_optax.embedding._rowwise_adagrad import (
     RowwiseAdagradState as RowwiseAdagradState,
 )
@@ -27,12 +29,14 @@ __all__ = [
     "AdagradState",
     "MomentumState",
     "MovingAverageState",
+    "RmspropState",
     "RowwiseAdagradState",
     "SgdState",
     "adadelta",
     "adagrad",
     "momentum",
     "moving_average",
+    "rmsprop",
     "rowwise_adagrad",
     "sgd",
 ]
