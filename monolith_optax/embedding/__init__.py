@@ -17,6 +17,8 @@ from monolith_optax.embedding._moving_average import (
 from monolith_optax.embedding._moving_average import moving_average as moving_average
 from monolith_optax.embedding._rmsprop import RmspropState as RmspropState
 from monolith_optax.embedding._rmsprop import rmsprop as rmsprop
+from monolith_optax.embedding._rmspropv2 import RmspropV2State as RmspropV2State
+from monolith_optax.embedding._rmspropv2 import rmspropv2 as rmspropv2
 from monolith_optax.embedding._rowwise_adagrad import (
     RowwiseAdagradState as RowwiseAdagradState,
 )
@@ -30,6 +32,7 @@ __all__ = [
     "MomentumState",
     "MovingAverageState",
     "RmspropState",
+    "RmspropV2State",
     "RowwiseAdagradState",
     "SgdState",
     "adadelta",
@@ -37,6 +40,7 @@ __all__ = [
     "momentum",
     "moving_average",
     "rmsprop",
+    "rmspropv2",
     "rowwise_adagrad",
     "sgd",
 ]
