@@ -9,6 +9,8 @@ from monolith_optax.embedding._adadelta import AdadeltaState as AdadeltaState
 from monolith_optax.embedding._adadelta import adadelta as adadelta
 from monolith_optax.embedding._adagrad import AdagradState as AdagradState
 from monolith_optax.embedding._adagrad import adagrad as adagrad
+from monolith_optax.embedding._adam import AdamState as AdamState
+from monolith_optax.embedding._adam import adam as adam
 from monolith_optax.embedding._momentum import MomentumState as MomentumState
 from monolith_optax.embedding._momentum import momentum as momentum
 from monolith_optax.embedding._moving_average import (
@@ -29,6 +31,7 @@ from monolith_optax.embedding._sgd import sgd as sgd
 __all__ = [
     "AdadeltaState",
     "AdagradState",
+    "AdamState",
     "MomentumState",
     "MovingAverageState",
     "RmspropState",
@@ -37,6 +40,7 @@ __all__ = [
     "SgdState",
     "adadelta",
     "adagrad",
+    "adam",
     "momentum",
     "moving_average",
     "rmsprop",
