@@ -11,6 +11,8 @@ from monolith_optax.embedding._adagrad import AdagradState as AdagradState
 from monolith_optax.embedding._adagrad import adagrad as adagrad
 from monolith_optax.embedding._adam import AdamState as AdamState
 from monolith_optax.embedding._adam import adam as adam
+from monolith_optax.embedding._amsgrad import AmsgradState as AmsgradState
+from monolith_optax.embedding._amsgrad import amsgrad as amsgrad
 from monolith_optax.embedding._momentum import MomentumState as MomentumState
 from monolith_optax.embedding._momentum import momentum as momentum
 from monolith_optax.embedding._moving_average import (
@@ -32,6 +34,7 @@ __all__ = [
     "AdadeltaState",
     "AdagradState",
     "AdamState",
+    "AmsgradState",
     "MomentumState",
     "MovingAverageState",
     "RmspropState",
@@ -41,6 +44,7 @@ __all__ = [
     "adadelta",
     "adagrad",
     "adam",
+    "amsgrad",
     "momentum",
     "moving_average",
     "rmsprop",
