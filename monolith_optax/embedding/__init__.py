@@ -13,6 +13,8 @@ from monolith_optax.embedding._adam import AdamState as AdamState
 from monolith_optax.embedding._adam import adam as adam
 from monolith_optax.embedding._amsgrad import AmsgradState as AmsgradState
 from monolith_optax.embedding._amsgrad import amsgrad as amsgrad
+from monolith_optax.embedding._ftrl import FtrlState as FtrlState
+from monolith_optax.embedding._ftrl import ftrl as ftrl
 from monolith_optax.embedding._momentum import MomentumState as MomentumState
 from monolith_optax.embedding._momentum import momentum as momentum
 from monolith_optax.embedding._moving_average import (
@@ -35,6 +37,7 @@ __all__ = [
     "AdagradState",
     "AdamState",
     "AmsgradState",
+    "FtrlState",
     "MomentumState",
     "MovingAverageState",
     "RmspropState",
@@ -45,6 +48,7 @@ __all__ = [
     "adagrad",
     "adam",
     "amsgrad",
+    "ftrl",
     "momentum",
     "moving_average",
     "rmsprop",
