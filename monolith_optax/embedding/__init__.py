@@ -15,6 +15,10 @@ from monolith_optax.embedding._amsgrad import AmsgradState as AmsgradState
 from monolith_optax.embedding._amsgrad import amsgrad as amsgrad
 from monolith_optax.embedding._ftrl import FtrlState as FtrlState
 from monolith_optax.embedding._ftrl import ftrl as ftrl
+from monolith_optax.embedding._group_adagrad import (
+    GroupAdagradState as GroupAdagradState,
+)
+from monolith_optax.embedding._group_adagrad import group_adagrad as group_adagrad
 from monolith_optax.embedding._momentum import MomentumState as MomentumState
 from monolith_optax.embedding._momentum import momentum as momentum
 from monolith_optax.embedding._moving_average import (
@@ -38,6 +42,7 @@ __all__ = [
     "AdamState",
     "AmsgradState",
     "FtrlState",
+    "GroupAdagradState",
     "MomentumState",
     "MovingAverageState",
     "RmspropState",
@@ -49,6 +54,7 @@ __all__ = [
     "adam",
     "amsgrad",
     "ftrl",
+    "group_adagrad",
     "momentum",
     "moving_average",
     "rmsprop",
