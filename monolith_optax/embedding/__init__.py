@@ -13,6 +13,10 @@ from monolith_optax.embedding._adam import AdamState as AdamState
 from monolith_optax.embedding._adam import adam as adam
 from monolith_optax.embedding._amsgrad import AmsgradState as AmsgradState
 from monolith_optax.embedding._amsgrad import amsgrad as amsgrad
+from monolith_optax.embedding._batch_softmax import (
+    BatchSoftmaxState as BatchSoftmaxState,
+)
+from monolith_optax.embedding._batch_softmax import batch_softmax as batch_softmax
 from monolith_optax.embedding._ftrl import FtrlState as FtrlState
 from monolith_optax.embedding._ftrl import ftrl as ftrl
 from monolith_optax.embedding._group_adagrad import (
@@ -41,6 +45,7 @@ __all__ = [
     "AdagradState",
     "AdamState",
     "AmsgradState",
+    "BatchSoftmaxState",
     "FtrlState",
     "GroupAdagradState",
     "MomentumState",
@@ -53,6 +58,7 @@ __all__ = [
     "adagrad",
     "adam",
     "amsgrad",
+    "batch_softmax",
     "ftrl",
     "group_adagrad",
     "momentum",
