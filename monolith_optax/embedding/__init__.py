@@ -23,6 +23,8 @@ from monolith_optax.embedding._group_adagrad import (
     GroupAdagradState as GroupAdagradState,
 )
 from monolith_optax.embedding._group_adagrad import group_adagrad as group_adagrad
+from monolith_optax.embedding._group_ftrl import GroupFtrlState as GroupFtrlState
+from monolith_optax.embedding._group_ftrl import group_ftrl as group_ftrl
 from monolith_optax.embedding._momentum import MomentumState as MomentumState
 from monolith_optax.embedding._momentum import momentum as momentum
 from monolith_optax.embedding._moving_average import (
@@ -48,6 +50,7 @@ __all__ = [
     "BatchSoftmaxState",
     "FtrlState",
     "GroupAdagradState",
+    "GroupFtrlState",
     "MomentumState",
     "MovingAverageState",
     "RmspropState",
@@ -61,6 +64,7 @@ __all__ = [
     "batch_softmax",
     "ftrl",
     "group_adagrad",
+    "group_ftrl",
     "momentum",
     "moving_average",
     "rmsprop",
