@@ -17,6 +17,9 @@ from monolith_optax.embedding._batch_softmax import (
     BatchSoftmaxState as BatchSoftmaxState,
 )
 from monolith_optax.embedding._batch_softmax import batch_softmax as batch_softmax
+from monolith_optax.embedding._delay_compensation import (
+    delay_compensation as delay_compensation,
+)
 from monolith_optax.embedding._ftrl import FtrlState as FtrlState
 from monolith_optax.embedding._ftrl import ftrl as ftrl
 from monolith_optax.embedding._group_adagrad import (
@@ -62,6 +65,7 @@ __all__ = [
     "adam",
     "amsgrad",
     "batch_softmax",
+    "delay_compensation",
     "ftrl",
     "group_adagrad",
     "group_ftrl",
