@@ -114,7 +114,7 @@ def test_trajectory_is_monoliths(name):
                 theirs = theirs[:, columns] if slot == "var" else theirs
                 assert value.shape == theirs.shape
                 largest[slot] = max(largest.get(slot, 1e-30), np.abs(theirs).max())
-                relative = np.abs(value - theirs).max() / largest[slot]
+                relative = np.abs(np.float64(value) - theirs).max() / largest[slot]
                 limit = allowed * (6e-7 if number == 1 else 6e-6)
                 assert relative <= limit, (slot, number)
                 worst = max(worst, relative)
