@@ -5,6 +5,7 @@ parameters and state donated. PyTorch's is `optimizer.step()` of its fused Adam,
 TensorFlow's the kernel `ResourceApplyAdam` on each variable in one graph function.
 """
 
+import functools
 import importlib
 from collections.abc import Callable
 from typing import Any
@@ -15,13 +16,14 @@ import numpy as np
 import optax
 
 from benchmarks.measure import Side
-from monolith_optax import adamom, rmsprop
+from tests.helpers.registry import VARIANTS
 
 RATE = 1e-3
 OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {
-    "adamom": lambda: adamom(RATE),
-    "adamom, compact_c": lambda: adamom(RATE, compact_c=True),
-    "rmsprop": lambda: rmsprop(RATE),
+    name: functools.partial(variant.make, learning_rate=RATE)
+    for name, variant in VARIANTS.items()
+    if variant.row.is_dense and not variant.decays
+} | {
     "optax.adam": lambda: optax.adam(RATE),
     "optax.rmsprop, momentum": lambda: optax.rmsprop(RATE, momentum=0.9),
 }

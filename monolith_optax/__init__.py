@@ -11,15 +11,14 @@ __version__ = "0.1.0"
 
 
 def _exports() -> dict[str, str]:
-    """Where each public name is: `module:name`, or a module."""
-    stub = pkgutil.get_data(__name__, "__init__.pyi")
-    homes = {}
-    for node in ast.parse(stub or b"").body:
-        if isinstance(node, ast.Import):
-            homes |= {str(alias.asname): alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            homes |= {alias.name: f"{node.module}:{alias.name}" for alias in node.names}
-    return homes
+    """Where each public name comes from."""
+    stub = ast.parse(pkgutil.get_data(__name__, "__init__.pyi") or b"")
+    return {
+        alias.name: f"{node.module}.{alias.name}"
+        for node in stub.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
 
 
 _HOMES = _exports()

@@ -1,4 +1,7 @@
 # What the package exports, for type checkers and for __init__.py, which reads it.
+from monolith_optax import checkpoint as checkpoint
+from monolith_optax import embedding as embedding
+from monolith_optax import net as net
 from monolith_optax._optimizers.adamom import AdamomState as AdamomState
 from monolith_optax._optimizers.adamom import adamom as adamom
 from monolith_optax._optimizers.rmsprop import RmspropState as RmspropState

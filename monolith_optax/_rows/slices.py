@@ -8,9 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from monolith_optax._public import public
 from monolith_optax._rows.shardings import explicit_sharding, replicated
 
 
+@public("monolith_optax")
 @jax.tree_util.register_pytree_with_keys_class
 @dataclass(frozen=True)
 class RowSlices:

@@ -5,7 +5,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,13 @@ import numpy as np
 
 from monolith_optax.checkpoint._tensorflow import read_tensorflow, write_tensorflow
 
+# As the node checker's command line has them; argparse ends with 2 for bad usage.
+DONE, FAILED, INTERRUPTED = 0, 3, 130
 
-def main() -> int:
-    """Runs one command; returns the exit status."""
-    args = _parser().parse_args()
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns its exit status."""
+    args = _parser().parse_args(argv)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # its own talk at start-up
     try:
         if args.command == "show":
@@ -25,8 +28,10 @@ def main() -> int:
             convert(args.source, args.target)
     except (OSError, ValueError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+        return FAILED
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    return DONE
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -34,20 +39,25 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m monolith_optax.checkpoint",
         description="Looks into TensorFlow's checkpoints and converts them. Needs "
         "pip install 'monolith_optax[tf]'.",
+        epilog="Exit status: 0 done, 2 bad usage, 3 failure.",
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    show = commands.add_parser("show", help="list variables and slots")
-    show.add_argument("prefix", metavar="PREFIX", help="such as model/model.ckpt-6")
-    show.add_argument("--json", action="store_true", help="print a JSON array")
-    convert = commands.add_parser(
+    lister = commands.add_parser("show", help="list variables and slots")
+    lister.add_argument("prefix", metavar="PREFIX", help="such as model/model.ckpt-6")
+    lister.add_argument("--json", action="store_true", help="print a JSON array")
+    converter = commands.add_parser(
         "convert",
         help="write what Orbax can restore, or the way back",
         description="A TensorFlow checkpoint becomes an Orbax checkpoint: one "
         "dictionary from TensorFlow's names to arrays. If SOURCE is the folder of such "
         "a checkpoint, it becomes TensorFlow's again.",
     )
-    convert.add_argument("source", metavar="SOURCE", help="a prefix, or Orbax's folder")
-    convert.add_argument("target", metavar="OUT", help="a new folder, or a new prefix")
+    converter.add_argument(
+        "source", metavar="SOURCE", help="a prefix, or Orbax's folder"
+    )
+    converter.add_argument(
+        "target", metavar="OUT", help="a new folder, or a new prefix"
+    )
     return parser
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from monolith_optax._leaves import dtype_of
 
 GLOBAL_STEP = "global_step"
+_KEEP_IN_FULL = "Import into an optimizer that keeps the slot in full."
 
 
 class MismatchError(ValueError):
@@ -28,7 +29,7 @@ class Kept:
         del tensors
         if isinstance(leaf, jax.ShapeDtypeStruct):
             raise MismatchError(
-                f"state{self.path} is a shape alone, and TensorFlow has no number for "
+                f"state{self.path} is only a shape, and TensorFlow has no number for "
                 "it: give a state from init."
             )
         return leaf
@@ -73,7 +74,7 @@ class Shared:
 
     def read(self, tensors: Mapping[str, Any], leaf: Any) -> Any:
         """The number that all entries of all slots are."""
-        _check_scalar("c", leaf)
+        _check_scalar("shared slot", leaf)
         problems, numbers = [], {}
         for name, shape in self.shapes.items():
             try:
@@ -86,13 +87,13 @@ class Shared:
             elif slot.size:
                 problems.append(
                     f"{name} is not uniform: its entries are from {slot.min()} to "
-                    f"{slot.max()}. Import into an optimizer without compact_c."
+                    f"{slot.max()}. {_KEEP_IN_FULL}"
                 )
         if len(set(numbers.values())) > 1:
             each = ", ".join(f"{name} is {number}" for name, number in numbers.items())
             problems.append(
-                f"compact_c needs one number for all variables, but {each}. Import "
-                "into an optimizer without compact_c."
+                f"The state needs one number for all variables, but {each}. "
+                f"{_KEEP_IN_FULL}"
             )
         if problems:
             raise MismatchError("\n".join(problems))
@@ -101,7 +102,7 @@ class Shared:
 
     def write(self, leaf: Any) -> dict[str, np.ndarray]:
         """Full slots."""
-        _check_scalar("c", leaf)
+        _check_scalar("shared slot", leaf)
         number = np.asarray(leaf)
         return {
             name: np.full(shape, number, number.dtype)

@@ -9,8 +9,7 @@ import numpy as np
 import optax
 from jax.tree_util import GetAttrKey, keystr
 
-from monolith_optax._optimizers.adamom import AdamomState
-from monolith_optax._optimizers.rmsprop import RmspropState
+from monolith_optax._leaves import is_leaf
 from monolith_optax.checkpoint._entries import (
     GLOBAL_STEP,
     Count,
@@ -30,8 +29,8 @@ _SCHEDULES = (
     optax.InjectStatefulHyperparamsState,
 )
 
-# The name that TensorFlow gives to an optimizer's slots unless it is told another.
-_NAMES: dict[type, str] = {AdamomState: "Adamom", RmspropState: "Rmsprop"}
+# The modules that the states of this package's optimizers name as their own.
+_PUBLIC = "monolith_optax", "monolith_optax.embedding"
 
 
 def import_slots(
@@ -45,7 +44,7 @@ def import_slots(
 ) -> tuple[optax.Params, optax.OptState]:
     """Params and optimizer state from the variables and slots of a checkpoint.
 
-    Every parameter and every slot of an `adamom` or `rmsprop` state, wherever it is in
+    Every parameter and every slot of an optimizer of this package, wherever it is in
     `state` (inside `optax.chain`, `named_chain`, `partition`, `masked`,
     `inject_hyperparams`, `lazy_rows`, ...), is replaced. Their counts of steps, and
     those of optax's schedules, are set to `global_step`. All else, such as
@@ -59,7 +58,8 @@ def import_slots(
         shapes that `jax.eval_shape` gives, which take no memory.
       state: a state of the optimizer for these parameters, or its shapes if there is
         nothing in it that stays as it is.
-      name: the name of the optimizer in TensorFlow. None: Adamom or Rmsprop.
+      name: the name of the optimizer in TensorFlow. None: that of the state's class,
+        such as Adamom for an `AdamomState`.
       variable_names: from the path of a parameter to the name of its variable: a
         function, or a mapping of those whose name is not their path. The path is
         `mlp/dense/kernel` for `params["mlp"]["dense"]["kernel"]`.
@@ -70,8 +70,10 @@ def import_slots(
 
     Raises:
       ValueError: tensors are missing, left over, or of another shape or dtype (all
-        are listed by name), or `compact_c` meets a slot `c` that is not uniform, or
-        there is no state of `adamom` or `rmsprop`.
+        are listed by name), or a slot that the state keeps as one number (`compact_c`)
+        is not uniform, or
+        `state` holds no state of an optimizer of this
+        package.
 
     Example:
       >>> import jax.numpy as jnp
@@ -124,16 +126,17 @@ def export_slots(
 
     Args:
       params: the parameters.
-      state: the optimizer's state, with one of `adamom` or `rmsprop` anywhere in it.
-      name: the name of the optimizer in TensorFlow. None: Adamom or Rmsprop.
+      state: the optimizer's state, with a state of this package anywhere in it.
+      name: the name of the optimizer in TensorFlow. None: that of the state's class,
+        such as Adamom for an `AdamomState`.
       variable_names: as in `import_slots`.
 
     Returns:
       Arrays by TensorFlow's names.
 
     Raises:
-      ValueError: there is no state of `adamom` or `rmsprop`, two leaves have the same
-        name, or there are counts of steps that differ.
+      ValueError: `state` holds no state of an optimizer of this package, two leaves
+        have the same name, or there are counts of steps that differ.
 
     Example:
       >>> import jax.numpy as jnp
@@ -171,7 +174,8 @@ def _entries(
 
     def of_state(path: Any, node: Any) -> Any:
         if _is_ours(node):
-            return _entries_of(node, name or _NAMES[type(node)], variable, shapes)
+            name_of_type = type(node).__name__.removesuffix("State")
+            return _entries_of(node, name or name_of_type, variable, shapes)
         if isinstance(node, _SCHEDULES):
             return _entries_of_schedule(node, of_tree)
         return Kept(keystr(path))
@@ -182,7 +186,10 @@ def _entries(
     variables = jax.tree.map_with_path(lambda p, _: Tensor(variable(_path(p))), params)
     slots = of_tree(state)
     if not any(map(_is_ours, jax.tree.leaves(state, is_leaf=_is_ours))):
-        raise ValueError("The state has none of adamom or rmsprop in it.")
+        raise ValueError(
+            "The state must hold that of an optimizer of monolith_optax, but there is "
+            f"only {jax.tree.structure(state)}."
+        )
     entries: list[Entry] = jax.tree.leaves((variables, slots))
     uses = Counter(
         used
@@ -206,24 +213,26 @@ def _entries_of(
     shapes: dict[str, tuple[int, ...]],
 ) -> Any:
     """What stands for each leaf of one optimizer's own state."""
-    paths = [_path(path) for path, _ in jax.tree.leaves_with_path(state.m)]
+    slots = {field: getattr(state, field) for field in state._fields[1:]}
+    full = [tree for tree in slots.values() if not _is_scalar(tree)]
+    like_params = full[0] if full else next(iter(slots.values()), ())
+    paths = [_path(path) for path, _ in jax.tree.leaves_with_path(like_params)]
     if unknown := [path for path in paths if path not in shapes]:
         raise ValueError(
-            f"The state has slots of {unknown}, which are not among the parameters "
-            f"{list(shapes)}: is it wrapped in optax.flatten?"
+            f"The state has slots of {unknown}, but the parameters are {list(shapes)}. "
+            "Import into the optimizer without optax.flatten."
         )
 
-    def tensors(slot: str) -> Any:
-        tree = getattr(state, slot)
-        if _layout(tree) != _layout(state.m):  # compact_c
+    def tensors(slot: str, tree: Any) -> Any:
+        if full and _is_scalar(tree):
             names = {f"{variable(p)}/{optimizer}/{slot}": shapes[p] for p in paths}
             return Shared(names)
         return jax.tree.map_with_path(
             lambda p, _: Tensor(f"{variable(_path(p))}/{optimizer}/{slot}"), tree
         )
 
-    slots = [field for field in state._fields if field != "count"]
-    return state._replace(count=Count(), **{slot: tensors(slot) for slot in slots})
+    entries = {slot: tensors(slot, tree) for slot, tree in slots.items()}
+    return state._replace(count=Count(), **entries)
 
 
 def _entries_of_schedule(state: Any, of_tree: Callable[[Any], Any]) -> Any:
@@ -254,8 +263,9 @@ def _variable_namer(names: VariableNames, paths: list[str]) -> Callable[[str], s
     return names
 
 
-def _layout(tree: Any) -> Any:
-    return jax.tree.structure(tree), [np.shape(leaf) for leaf in jax.tree.leaves(tree)]
+def _is_scalar(tree: Any) -> bool:
+    """Whether a slot is one number, not one for each parameter."""
+    return is_leaf(tree) and np.shape(tree) == ()
 
 
 def _path(path: Any) -> str:
@@ -263,7 +273,9 @@ def _path(path: Any) -> str:
 
 
 def _is_ours(node: Any) -> bool:
-    return type(node) in _NAMES
+    """Whether a node is the state of one of this package's optimizers."""
+    fields = getattr(node, "_fields", ())
+    return type(node).__module__ in _PUBLIC and fields[:1] == ("count",)
 
 
 def _is_known(node: Any) -> bool:

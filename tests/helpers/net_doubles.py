@@ -2,8 +2,10 @@
 
 import asyncio
 import errno
+import math
 import os
 import selectors
+import socket
 from typing import NamedTuple
 
 
@@ -84,6 +86,52 @@ class Nodes:
                 raise OSError(behaviour, os.strerror(behaviour))
             case Exception():
                 raise behaviour
+
+
+class Addresses:
+    """A name of made-up IP addresses: a stand-in for `_connect.attempt` and a lookup.
+
+    Each address has a behaviour, as those of `Nodes`.
+    """
+
+    def __init__(self, behaviours, lookup_seconds=0.0):
+        self.behaviours = behaviours
+        self.lookup_seconds = lookup_seconds
+        self.attempts = []  # (socket address, time) of each
+        self.running = 0
+        self.most_running = 0
+
+    async def lookup(self, _):
+        await asyncio.sleep(self.lookup_seconds)
+        return [
+            (socket.AF_INET6, (ip, 9, 0, 0)) if ":" in ip else (socket.AF_INET, (ip, 9))
+            for ip in self.behaviours
+        ]
+
+    def attempt(self, address, timeout=math.inf):
+        assert timeout == math.inf
+        loop = asyncio.get_running_loop()
+        outcome = loop.create_future()
+        outcome.add_done_callback(self.end)
+        self.attempts.append((address[1], loop.time()))
+        self.running += 1
+        self.most_running = max(self.most_running, self.running)
+
+        def settle(error=None):
+            if not outcome.done():
+                outcome.set_result(error)
+
+        match self.behaviours[address[1][0]]:
+            case float(seconds):
+                loop.call_later(seconds, settle)
+            case Late(seconds, number):
+                loop.call_later(seconds, settle, OSError(number, os.strerror(number)))
+            case int(number):
+                settle(OSError(number, os.strerror(number)))
+        return outcome
+
+    def end(self, _):
+        self.running -= 1
 
 
 REFUSED = errno.ECONNREFUSED

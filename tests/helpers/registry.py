@@ -8,6 +8,7 @@ from typing import Any
 import optax
 import pytest
 
+import monolith_optax
 from monolith_optax import adamom, embedding, rmsprop
 
 
@@ -31,6 +32,11 @@ class Row:
     by_row: bool = False
     variants: dict[str, dict[str, Any]] = field(default_factory=lambda: {"": {}})
 
+    @property
+    def is_dense(self) -> bool:
+        """Whether it is for dense variables, and not for embedding tables."""
+        return self.optimizer.__name__ in monolith_optax.__all__
+
 
 ROWS = {
     "adamom": Row(
@@ -48,8 +54,8 @@ ROWS = {
         fractions=("beta1", "beta2"),
         nonnegative=("epsilon", "weight_decay"),
         variants={
-            "decay": {"beta1": 0.9, "weight_decay": 1e-4, "learning_rate": 1e-3},
-            "v2": {"use_v2": True, "beta1": 0.9},
+            "": {"beta1": 0.9, "learning_rate": 1e-3},
+            "v2_decay": {"use_v2": True, "beta1": 0.9, "weight_decay": 1e-4},
         },
     ),
     "adagrad": Row(

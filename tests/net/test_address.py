@@ -52,15 +52,6 @@ def test_joining_and_parsing_are_inverse(ip, port):
     assert net.parse_address(net.concat_ip_and_port(str(ip), port)) == (str(ip), port)
 
 
-@given(st.text())
-def test_any_text_is_parsed_or_refused(text):
-    try:
-        host, port = net.parse_address(text)
-    except ValueError:
-        return
-    assert text in (f"{host}:{port}", f"[{host}]:{port}") or text.endswith(str(port))
-
-
 def test_monoliths_helpers():
     assert net.concat_ip_and_port("localhost", 10) == "localhost:10"
     assert net.concat_ip_and_port("127.0.0.1", 10) == "127.0.0.1:10"
@@ -97,7 +88,7 @@ CLUSTER = {"worker": ["w0:1", "w1:1"], "chief": ["c:1"], "ps": ["p:1"], "evaluat
 
 def test_tf_config(monkeypatch):
     text = json.dumps({"cluster": CLUSTER, "task": {"type": "worker", "index": 0}})
-    everyone = ["c:1", "p:1", "w0:1", "w1:1"]
+    everyone = ["w0:1", "w1:1", "c:1", "p:1"]
     assert net.tf_config_addresses(text) == everyone
     assert net.tf_config_addresses(text, roles=["worker", "ps"]) == [
         "w0:1",
@@ -106,7 +97,7 @@ def test_tf_config(monkeypatch):
     ]
     monkeypatch.setenv("TF_CONFIG", text)
     assert net.tf_config_addresses() == everyone
-    with pytest.raises(ValueError, match="worker, chief, ps, evaluator, but not boss"):
+    with pytest.raises(ValueError, match=r"'evaluator'\], but \['boss'\] are not"):
         net.tf_config_addresses(roles=["chief", "boss"])
 
 
