@@ -92,7 +92,7 @@ def momentum(
     ) -> tuple[jax.Array, MomentumState]:
         del w
         n = momentum * slots.n - learning_rate * d
-        step = (1 + momentum) * n - momentum * slots.n if use_nesterov else n
+        step = momentum * n - learning_rate * d if use_nesterov else n
         return step, slots._replace(n=n)
 
     return from_rule(
