@@ -94,6 +94,12 @@ def check_trees(
     _raise_listed("Gradients, params and state do not match.", problems)
 
 
+def check_like(params: optax.Params, **trees: Any) -> None:
+    """Accepts trees of floating-point arrays with the shapes of the parameters."""
+    problems = [x for name in trees for x in _mismatches(name, trees[name], params)]
+    _raise_listed(f"Params and {' and '.join(trees)} do not belong together.", problems)
+
+
 def _reference(
     gradients: optax.Updates,
     params: optax.Params | None,
@@ -111,18 +117,20 @@ def _reference(
 
 
 def _mismatches(name: str, tree: Any, reference: Any, kind: Slot = _FULL) -> list[str]:
-    """How a tree differs from floating-point arrays of the reference's shapes."""
+    """How a tree differs from arrays of the reference's shapes."""
     given: Any = jax.tree.structure(tree)
     if given != jax.tree.structure(reference):
         return _structure_mismatches(name, tree, reference)
     shapes = [kind.shape(np.shape(leaf)) for leaf in jax.tree.leaves(reference)]
+    family = jnp.floating if kind.is_real else jnp.integer
+    numbers = "a real floating-point" if kind.is_real else "an integer"
     return [
-        f"{name}{keystr(path)}: expected a real floating-point array of shape {shape}, "
+        f"{name}{keystr(path)}: expected {numbers} array of shape {shape}, "
         f"got {describe(leaf)}."
         for (path, leaf), shape in zip(
             jax.tree.leaves_with_path(tree), shapes, strict=True
         )
-        if np.shape(leaf) != shape or not jnp.issubdtype(dtype_of(leaf), jnp.floating)
+        if np.shape(leaf) != shape or not jnp.issubdtype(dtype_of(leaf), family)
     ]
 
 

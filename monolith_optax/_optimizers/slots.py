@@ -21,10 +21,17 @@ class Slot:
       start: the number that every entry starts with.
       per: one number for each entry of a parameter; for each row of it, which is an
         index of its leading axis; or one scalar for the whole tree.
+      dtype: that of a slot of integers, which no option changes. None: real numbers.
     """
 
     start: ArrayLike = 0.0
     per: Literal["entry", "row", "tree"] = "entry"
+    dtype: DTypeLike | None = None
+
+    @property
+    def is_real(self) -> bool:
+        """Whether it holds real numbers, not integers."""
+        return self.dtype is None
 
     def init(self, params: optax.Params, slot_dtype: DTypeLike | None) -> Any:
         """The slot of new parameters, sharded as they are."""
@@ -32,7 +39,7 @@ class Slot:
             return jnp.full([], self.start, _one_dtype(params, slot_dtype))
 
         def full(param: ArrayLike) -> jax.Array:
-            dtype = _slot_dtype(param, slot_dtype)
+            dtype = self.dtype or _slot_dtype(param, slot_dtype)
             if self.per == "entry":
                 return jnp.full_like(param, self.start, dtype=dtype)
             return _full_rows(param, self.start, dtype)
@@ -57,7 +64,7 @@ class Slot:
 
     def for_rule(self, slot: ArrayLike, ndim: int, dtype: DTypeLike) -> jax.Array:
         """The slot of one parameter in the rule's dtype, shaped to broadcast."""
-        slot = jnp.asarray(slot, dtype)
+        slot = jnp.asarray(slot, self.dtype or dtype)
         if self.per == "row":
             slot = jnp.expand_dims(slot, range(slot.ndim, ndim))
         return slot

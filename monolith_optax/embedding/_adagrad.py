@@ -1,11 +1,9 @@
 """Adagrad of Monolith's embedding tables."""
 
-import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.typing import ArrayLike
 
@@ -15,6 +13,7 @@ from monolith_optax._optimizers.base import from_rule
 from monolith_optax._optimizers.slots import Slot
 from monolith_optax._optimizers.weight_decay import WeightDecay
 from monolith_optax._public import public
+from monolith_optax.embedding._avx import in_blocks_of_8
 
 
 @public("monolith_optax.embedding")
@@ -97,7 +96,7 @@ def adagrad(
             d = moves = g
         else:  # the bug
             d = weight_decay_factor * w + g
-            moves = jnp.where(_in_blocks_of_8(g.shape), g, d)
+            moves = jnp.where(in_blocks_of_8(g.shape), g, d)
         norm = slots.norm + d * d
         step = learning_rate / jnp.sqrt(jnp.where(norm > 0, norm, 1)) * moves
         return -step, slots._replace(norm=norm)
@@ -116,9 +115,3 @@ def adagrad(
         slots={"norm": Slot(start=initial_accumulator_value)},
         needs_params=has_bug,
     )
-
-
-def _in_blocks_of_8(shape: tuple[int, ...]) -> np.ndarray:
-    """Which columns of a row AVX processes eight at a time."""
-    columns = np.arange(math.prod(shape[1:])).reshape(shape[1:])
-    return columns < columns.size // 8 * 8
