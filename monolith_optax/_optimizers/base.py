@@ -35,7 +35,8 @@ def from_rule(
     The rule is `step, slots = rule(g, w, slots, **hyperparameters, **extra_args)`: `g`
     is the gradient with the weight decay added, `w` the parameter (None if `update` is
     given no params), and `slots` a `state_type` with the slots of this parameter. The
-    step is added to `w`. All numbers are in one dtype, float32 or wider.
+    step is added to `w`. All numbers but slots of integers are in one dtype, float32 or
+    wider.
 
     Args:
       rule: the rule. It treats every entry by itself, or every row.
@@ -44,7 +45,7 @@ def from_rule(
       fractions: hyperparameters in [0, 1].
       nonnegative: hyperparameters that are at least 0.
       weight_decay: coupled weight decay. None: the optimizer has none.
-      slots: those that are not zeros in the shape of the parameter.
+      slots: the slots that do not start as zeros in the shape of the parameter.
       slot_dtype: the dtype of the slots. None: float32, and float64 for float64
         parameters.
       needs_params: whether the rule reads `w`.
@@ -149,12 +150,13 @@ class _Optimizer:
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """The step of one parameter, in its dtype, and its new slots, in theirs."""
         like = grad if param is None else param
-        dtype = wide(dtype_of(slots[0] if slots else like))
+        old = dict(zip(self.slots, slots, strict=True))
+        real = (old[name] for name, kind in self.slots.items() if kind.is_real)
+        dtype = wide(dtype_of(next(real, like)))
         g = jnp.asarray(grad, dtype)
         w = None if param is None else jnp.asarray(param, dtype)
         if decays:
             g = as_dtype(self.weight_decay.rate, dtype) * w + g
-        old = dict(zip(self.slots, slots, strict=True))
         seen = {
             name: kind.for_rule(old[name], g.ndim, dtype)
             for name, kind in self.slots.items()
@@ -169,17 +171,26 @@ class _Optimizer:
 
 
 def as_dtype(value: ArrayLike, dtype: DTypeLike) -> Any:
-    """A hyperparameter, cast first so that `1 - decay` is rounded as in `dtype`."""
+    """A hyperparameter in `dtype`, so that `1 - decay` is also rounded in it."""
     if isinstance(value, jax.Array):
         return value.astype(dtype)
     return np.asarray(value, dtype)
 
 
 def tied(value: jax.Array, to: jax.Array) -> jax.Array:
-    """The value, as if it depended on another array, which is never negative.
+    """The value, made to depend on another array, which is never negative.
 
-    XLA on CPU computes a new slot that depends on one array only once more inside the
-    loop of the parameter, which then needs a copy of the old slot. It cannot know that
+    If a new slot depends on only one array, XLA on CPU computes it again inside the
+    loop of the parameter, and has to copy the old slot for that. XLA cannot know that
     this select does nothing.
     """
     return jnp.where(to < 0, to, value)
+
+
+def root(x: jax.Array) -> jax.Array:
+    """The square root, whose derivative is 0 at 0.
+
+    Slots begin at 0, and a step may be differentiated: there 0 times infinity is NaN.
+    """
+    positive = x > 0
+    return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1)), 0)

@@ -1,11 +1,9 @@
 """Adagrad of Monolith's embedding tables."""
 
-import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.typing import ArrayLike
 
@@ -15,6 +13,7 @@ from monolith_optax._optimizers.base import from_rule
 from monolith_optax._optimizers.slots import Slot
 from monolith_optax._optimizers.weight_decay import WeightDecay
 from monolith_optax._public import public
+from monolith_optax.embedding._avx import in_blocks_of_8
 
 
 @public("monolith_optax.embedding")
@@ -46,17 +45,17 @@ def adagrad(
       \text{norm} &\leftarrow \text{norm} + d^2 \\
       w &\leftarrow w - \text{learning\_rate} \cdot d / \sqrt{\text{norm}}
 
-    Where `norm` is 0 the parameter stays as it is; Monolith divides 0 by 0 there.
+    Where `norm` is 0, the parameter does not change; Monolith divides 0 by 0 there.
 
     Args:
       learning_rate: a number, a scalar array, or a schedule, which is given the count
         of steps taken before this one.
-      initial_accumulator_value: what `norm` begins with; not negative.
+      initial_accumulator_value: what `norm` starts with; not negative.
       weight_decay_factor: coupled weight decay (L2), not negative. Unless it is the
         number 0, `update` needs params.
-      bug_compatible: whether weight decay is applied as Monolith's AVX kernel does: in
+      bug_compatible: whether to apply weight decay as Monolith's AVX kernel does. In
         the first `8 * (dim // 8)` columns of a row it enters `norm` but not the step,
-        so that these weights never decay.
+        so these weights never decay.
 
     Returns:
       An `optax.GradientTransformationExtraArgs` whose state is an `AdagradState`.
@@ -97,7 +96,7 @@ def adagrad(
             d = moves = g
         else:  # the bug
             d = weight_decay_factor * w + g
-            moves = jnp.where(_in_blocks_of_8(g.shape), g, d)
+            moves = jnp.where(in_blocks_of_8(g.shape), g, d)
         norm = slots.norm + d * d
         step = learning_rate / jnp.sqrt(jnp.where(norm > 0, norm, 1)) * moves
         return -step, slots._replace(norm=norm)
@@ -116,9 +115,3 @@ def adagrad(
         slots={"norm": Slot(start=initial_accumulator_value)},
         needs_params=has_bug,
     )
-
-
-def _in_blocks_of_8(shape: tuple[int, ...]) -> np.ndarray:
-    """Which columns of a row AVX takes eight at a time."""
-    columns = np.arange(math.prod(shape[1:])).reshape(shape[1:])
-    return columns < columns.size // 8 * 8

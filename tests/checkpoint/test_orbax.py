@@ -14,11 +14,7 @@ from registry import VARIANTS
 
 from monolith_optax import RowSlices, lazy_rows
 
-OPTIMIZERS = {
-    name: variant.make
-    for name, variant in VARIANTS.items()
-    if not variant.row.by_row  # lazy_rows does not take these
-}
+OPTIMIZERS = {name: variant.make for name, variant in VARIANTS.items()}
 OPTIMIZERS["chained"] = lambda: optax.chain(
     optax.clip_by_global_norm(1.0), OPTIMIZERS["adamom"]()
 )

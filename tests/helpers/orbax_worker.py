@@ -16,7 +16,8 @@ NUM_ROWS, DIM, BATCH = 80_000, 16, 64
 
 def train(folder, steps):
     """Returns the step it continued from, and all numbers after so many steps."""
-    with jax.set_mesh(jax.make_mesh((8,), ("x",))) as mesh:
+    mesh = jax.make_mesh((8,), ("x",))
+    with jax.set_mesh(mesh):
         rows = NamedSharding(mesh, PartitionSpec("x", None))
         tx = lazy_rows(optax.chain(optax.clip_by_global_norm(1.0), adamom(0.1)))
 

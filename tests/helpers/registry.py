@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import optax
-import pytest
 
 import monolith_optax
 from monolith_optax import adamom, embedding, rmsprop
@@ -20,16 +19,20 @@ class Row:
       optimizer: the function.
       fractions: its hyperparameters in [0, 1].
       nonnegative: those that are at least 0.
-      learning_rate: one with which it solves toy problems.
+      learning_rate: one with which it solves toy problems. None: it takes none.
       by_row: whether its rule looks at whole rows, not at each entry by itself.
+      needs_params: whether `update` needs params, also without weight decay.
+      descends: whether it minimises, and so stays where the gradient is 0.
       variants: options that change its program, by a name.
     """
 
     optimizer: Callable[..., optax.GradientTransformationExtraArgs]
     fractions: tuple[str, ...] = ()
     nonnegative: tuple[str, ...] = ()
-    learning_rate: float = 1e-2
+    learning_rate: float | None = 1e-2
     by_row: bool = False
+    needs_params: bool = False
+    descends: bool = True
     variants: dict[str, dict[str, Any]] = field(default_factory=lambda: {"": {}})
 
     @property
@@ -67,6 +70,89 @@ ROWS = {
             "bugs": {"bug_compatible": True, "weight_decay_factor": 1e-4},
         },
     ),
+    "adadelta": Row(
+        embedding.adadelta,
+        fractions=("averaging_ratio",),
+        nonnegative=("epsilon", "weight_decay_factor"),
+        learning_rate=1.0,
+    ),
+    "adam": Row(
+        embedding.adam,
+        fractions=("beta1", "beta2"),
+        nonnegative=("epsilon", "weight_decay_factor"),
+    ),
+    "amsgrad": Row(
+        embedding.amsgrad,
+        fractions=("beta1", "beta2"),
+        nonnegative=("epsilon", "weight_decay_factor"),
+        variants={"": {"use_nesterov": True, "weight_decay_factor": 1e-4}},
+    ),
+    "batch_softmax": Row(
+        embedding.batch_softmax,
+        by_row=True,
+        needs_params=True,
+        descends=False,
+    ),
+    "ftrl": Row(
+        embedding.ftrl,
+        nonnegative=(
+            "initial_accumulator_value",
+            "beta",
+            "l1_regularization",
+            "l2_regularization",
+        ),
+        learning_rate=0.5,
+        needs_params=True,
+    ),
+    "group_adagrad": Row(
+        embedding.group_adagrad,
+        nonnegative=(
+            "initial_accumulator_value",
+            "beta",
+            "l2_regularization",
+            "weight_decay_factor",
+        ),
+        learning_rate=0.5,
+        by_row=True,
+        needs_params=True,
+    ),
+    "group_ftrl": Row(
+        embedding.group_ftrl,
+        nonnegative=(
+            "initial_accumulator_value",
+            "beta",
+            "l1_regularization",
+            "l2_regularization",
+        ),
+        learning_rate=0.5,
+        by_row=True,
+        needs_params=True,
+        variants={"": {"l1_regularization": 1e-4}},
+    ),
+    "momentum": Row(
+        embedding.momentum,
+        fractions=("momentum",),
+        nonnegative=("weight_decay_factor",),
+        learning_rate=1e-4,
+        variants={"": {"use_nesterov": True, "weight_decay_factor": 1e-4}},
+    ),
+    "moving_average": Row(
+        embedding.moving_average,
+        fractions=("momentum",),
+        learning_rate=None,
+        needs_params=True,
+        descends=False,
+    ),
+    "rmsprop_tables": Row(
+        embedding.rmsprop,
+        fractions=("momentum",),
+        nonnegative=("weight_decay_factor",),
+    ),
+    "rmspropv2": Row(
+        embedding.rmspropv2,
+        fractions=("momentum",),
+        nonnegative=("weight_decay_factor",),
+    ),
     "rowwise_adagrad": Row(
         embedding.rowwise_adagrad,
         nonnegative=("eps", "weight_decay"),
@@ -74,6 +160,7 @@ ROWS = {
         by_row=True,
         variants={"": {}, "decay": {"weight_decay": 1e-4}},
     ),
+    "sgd": Row(embedding.sgd, learning_rate=1e-3),
 }
 
 
@@ -100,14 +187,25 @@ class Variant:
         """Whether these options have weight decay."""
         return bool(self.options.get(self.decay))
 
+    @property
+    def no_decay(self) -> dict[str, float]:
+        """Options without weight decay."""
+        return {self.decay: 0.0} if self.decay else {}
+
     def takes(self, name: str) -> bool:
         """Whether the optimizer has an argument of that name."""
         return name in inspect.signature(self.optimizer).parameters
 
+    @property
+    def slots(self) -> tuple[str, ...]:
+        """The names of its slots."""
+        return self.make().init({})._fields[1:]
+
     def make(self, **options: Any) -> optax.GradientTransformationExtraArgs:
         """The transformation."""
-        rate = {"learning_rate": self.row.learning_rate}
-        return self.optimizer(**rate | self.options | options)
+        if self.takes("learning_rate"):
+            options = {"learning_rate": self.row.learning_rate} | self.options | options
+        return self.optimizer(**options)
 
 
 VARIANTS = {
@@ -115,9 +213,3 @@ VARIANTS = {
     for name, row in ROWS.items()
     for variant, options in row.variants.items()
 }
-
-
-def with_argument(name: str) -> pytest.MarkDecorator:
-    """Runs a test only on the optimizers that have this argument."""
-    chosen = [key for key, variant in VARIANTS.items() if variant.takes(name)]
-    return pytest.mark.parametrize("variant", chosen, indirect=True)

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from choosing import only, with_argument
 from jax.experimental import sparse
-from registry import ROWS, with_argument
+from registry import ROWS
 
 from monolith_optax import RowSlices, adamom
 
@@ -86,6 +87,7 @@ def test_all_mismatches_are_listed():
         ({"mlp": {"w": W}}, ["params['mlp']['b'] is missing"]),
     ],
 )
+@only(lambda variant: variant.slots)
 def test_params_that_do_not_match(variant, params, fragments):
     assert_refused(variant.make(), PARAMS, params, *fragments)
 
@@ -99,11 +101,22 @@ def test_trees_of_the_same_paths_and_another_type(variant):
         lambda n: ([(jax.tree_util.DictKey(k), n[k]) for k in sorted(n)], None),
         lambda _, leaves: Node(zip(("b", "w"), leaves, strict=True)),
     )
+    fragments = "gradients: expected the structure PyTree", "got PyTree", "Node"
+    assert_refused(variant.make(), {"mlp": Node(PARAMS["mlp"])}, PARAMS, *fragments)
+
+
+@only(lambda variant: variant.row.needs_params)
+def test_missing_params(variant):
     assert_refused(
-        variant.make(), {"mlp": Node(PARAMS["mlp"])}, PARAMS, "Node", "PyTree"
+        variant.make(),
+        PARAMS,
+        None,
+        "params is None",
+        "update(gradients, state, params)",
     )
 
 
+@only(lambda variant: variant.decay and not variant.row.needs_params)
 def test_missing_params_matter_only_to_weight_decay(variant):
     tx = variant.make(**{variant.decay: 0.1})
     assert_refused(
@@ -145,7 +158,7 @@ CASES = [
     (name, hyperparameter, value)
     for name, row in ROWS.items()
     for values, hyperparameters in {
-        (): ("learning_rate",),
+        (): ("learning_rate",) * (row.learning_rate is not None),
         (*NEGATIVE,): row.nonnegative,
         (*NEGATIVE, 1.1, np.float32(2)): row.fractions,
     }.items()
@@ -160,6 +173,7 @@ def test_hyperparameters_out_of_range(optimizer, name, value):
         ROWS[optimizer].optimizer(**{name: value})
 
 
+@with_argument("learning_rate")
 @pytest.mark.parametrize("value", [None, 1j, jnp.ones(1), math.nan, "0.1"])
 def test_schedules_that_give_no_rate(variant, value):
     tx = variant.make(learning_rate=lambda _: value)
@@ -167,13 +181,14 @@ def test_schedules_that_give_no_rate(variant, value):
         tx.update(PARAMS, tx.init(PARAMS), PARAMS)
 
 
+@only(lambda variant: variant.slots)
 def test_slots_that_do_not_match(variant):
     tx = variant.make()
     state = tx.init(PARAMS)
     slot = state._fields[1]
     shape = getattr(state, slot)["mlp"]["w"].shape
     wrong = state._replace(**{slot: grads(w=jnp.ones((1, *shape)))})
-    with raises("Gradients, params and state do not belong together", str(shape)):
+    with raises("Gradients, params and state do not match", str(shape)):
         tx.update(PARAMS, wrong, PARAMS)
 
 
@@ -198,6 +213,7 @@ def test_slot_dtype_that_is_no_float(variant, slot_dtype):
         variant.make(slot_dtype=slot_dtype)
 
 
+@only(lambda variant: variant.row.fractions or variant.row.nonnegative)
 def test_hyperparameters_in_too_coarse_a_dtype(variant):
     params = optax.tree.cast(PARAMS, jnp.bfloat16)
     inject = optax.inject_hyperparams
