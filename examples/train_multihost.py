@@ -286,7 +286,7 @@ def join(addresses: list[str], args: argparse.Namespace) -> None:
         # the next array. Gloo then ends the process for a "collective mismatch", before
         # JAX can say which process was lost. So each array gets its own all-reduce.
         flags = os.environ.get("XLA_FLAGS", "")
-        flags += " --xla_disable_hlo_passes=all-reduce-combiner"
+        flags += " --xla_disable_hlo_passes=cpu-all-reduce-combiner"
         os.environ["XLA_FLAGS"] = flags
     wait_for_processes(addresses, args.process_id, args.deadline)
     jax.distributed.initialize(
