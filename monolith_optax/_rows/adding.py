@@ -95,7 +95,8 @@ class _At:
         if self._lookup.mode == GatherScatterMode.PROMISE_IN_BOUNDS:
             rows = _chosen(outside, lax.stop_gradient(rows), rows)
         first_row = leaf.first_row * self._lookup.rows_of_first_axis
-        self.ids[leaf.index] = _chosen(outside, -1, self._local + first_row)
+        ids = (self._local + first_row).astype(self._local.dtype)
+        self.ids[leaf.index] = _chosen(outside, -1, ids)
         rows = rows + _placed_as(rows, self._zeros[leaf.index])
         return rows.reshape(-1, *rows.shape[self._local.ndim :])
 
@@ -280,7 +281,7 @@ def _padding(tree: Tree) -> Arrays:
     """Ids of no rows, for lookups that are not done."""
 
     def ids(found: Found) -> Any:
-        padding = jnp.full(found.ids_shape, -1, found.ids_dtype)
+        padding = jnp.full(found.ids_shape, -1, found.lookup.ids_dtype)
         return [jaxprs.as_varying(padding, found.varying)] * len(found.leaves)
 
     return for_each(tree, ids)

@@ -27,7 +27,6 @@ class Found(NamedTuple):
       leaves: the tables whose rows are looked up: several, if it is in an image of
         several.
       ids_shape: the shape of the ids, all iterations and devices included.
-      ids_dtype: their dtype.
       varying: the mesh axes over which the rows differ.
       has_gradient: whether a gradient can come back from it.
       place: the operation and its line.
@@ -36,7 +35,6 @@ class Found(NamedTuple):
     lookup: Lookup
     leaves: tuple[int, ...]
     ids_shape: tuple[int, ...]
-    ids_dtype: Any
     varying: frozenset[str]
     has_gradient: bool
     place: str
@@ -176,13 +174,11 @@ class Finder:
             if self.row_axes.setdefault(leaf, found.row_axes) != found.row_axes:
                 why = f"is looked up both as one table and as a stack by {place}"
                 self._refuse(operands, why, equation)
-        wide = any(type_of(a).dtype.itemsize == 8 for a in equation.invars[1:])
         tree.append(
             Found(
                 found,
                 tuple(sorted(table.leaves)),
                 found.ids_shape,
-                np.dtype(np.int64 if wide else np.int32),
                 jaxprs.varying(type_of(equation.outvars[0])),
                 True,
                 place,

@@ -130,19 +130,15 @@ def mapped(equation: Equation, operands: Sequence[Any]) -> list[Any] | None:
     turned = name == "transpose" and equation.params["permutation"][0] != 0
     if not turned and not _keeps_rows(equation, operands):
         return None
-    scalars = all(is_image(v) or not type_of(a).shape for a, v in _pairs(equation, operands))
+    leaves = leaves_of(images)
+    # Values are arrays when the program runs, and bools when it is only read.
+    from_data = bool(leaves) or any(v is True or is_image(v) and v.is_data for v in operands)
+    elementwise = name in rules.ELEMENTWISE and all(
+        value.elementwise if is_image(value) else not type_of(operand).shape
+        for operand, value in zip(equation.invars, operands, strict=True)
+    )
     return [
-        Mapped(
-            equation,
-            operands,
-            index,
-            leaves_of(images),
-            any(map(is_data, images)) if not leaves_of(images) else True,
-            not turned,
-            name in rules.ELEMENTWISE
-            and scalars
-            and all(image.elementwise for image in images),
-        )
+        Mapped(equation, operands, index, leaves, from_data, not turned, elementwise)
         for index in range(len(equation.outvars))
     ]
 
@@ -199,10 +195,6 @@ def rows(image: Image, at: At) -> Any:
 _HINTS = ("sharding_constraint", "optimization_barrier")
 _VARYING = ("pvary", "pcast")
 _PLACEMENTS = ("sharding_constraint", "reshard", "mesh_cast", *_VARYING)
-
-
-def _pairs(equation: Equation, operands: Sequence[Any]) -> Any:
-    return zip(equation.invars, operands, strict=True)
 
 
 def _keeps_rows(equation: Equation, operands: Sequence[Any]) -> bool:

@@ -58,6 +58,12 @@ class Lookup:
         return math.prod(self.shape[: self.row_axes])
 
     @property
+    def ids_dtype(self) -> Any:
+        """The dtype of ids, 32 bits if they are enough."""
+        few = self.num_rows <= np.iinfo(np.int32).max
+        return np.dtype(np.int32 if few else np.int64)
+
+    @property
     def rows_of_first_axis(self) -> int:
         """How many rows there are to each index of the first axis."""
         return math.prod(self.shape[1 : self.row_axes])
@@ -69,7 +75,7 @@ class Lookup:
         """
         batch = len(self.batch)
         indices = wide_ids(indices)
-        ids: Any = np.zeros((1,) * (batch + self.row_axes), indices.dtype)
+        ids: Any = np.zeros((1,) * (batch + self.row_axes), self.ids_dtype)
         valid: Any = None
         for axis, size in enumerate(self.shape):
             start = self._start(axis, indices)
@@ -83,12 +89,13 @@ class Lookup:
                     valid = inside if valid is None else valid & inside
                 start = clipped
             if axis < self.row_axes:
-                offsets = np.arange(self.sizes[axis], dtype=indices.dtype)
+                offsets = np.arange(self.sizes[axis], dtype=self.ids_dtype)
                 offsets = np.expand_dims(
                     offsets, [i for i in range(batch + self.row_axes) if i != batch + axis]
                 )
                 if start is not None:
                     window = tuple(range(batch, batch + self.row_axes))
+                    start = jnp.asarray(start, self.ids_dtype)
                     offsets = jnp.expand_dims(start, window) + offsets
                 ids = ids * size + offsets
         ids = jnp.broadcast_to(ids, self.batch + self.windows).reshape(self.ids_shape)
