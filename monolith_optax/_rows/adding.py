@@ -10,22 +10,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.lax import GatherScatterMode
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec
 
-from monolith_optax._rows import images, jaxprs, lookups
-from monolith_optax._rows.finding import (
-    CHECKPOINTS,
-    LOOKUPS,
-    Found,
-    Inside,
-    Tree,
-    device_axes,
-    for_each,
-)
+from monolith_optax._rows import images, jaxprs
+from monolith_optax._rows.added import look_up
+from monolith_optax._rows.finding import CHECKPOINTS, LOOKUPS
+from monolith_optax._rows.found import Found, Inside, Tree, device_axes, for_each
 from monolith_optax._rows.images import Leaf, is_image, leaves_of, whole
 from monolith_optax._rows.jaxprs import Equation, Program
-from monolith_optax._rows.tables import Table
 
 # For each lookup of a tree, its zeros or its ids: one array for each of its tables.
 Arrays = list[Any]
@@ -64,7 +56,7 @@ def add(
         node, added = next(lookups_left)
         name = str(equation.primitive.name)
         if name in LOOKUPS:
-            results, looked_up = _look_up(equation, operands, node, added)
+            results, looked_up = look_up(equation, operands, node, added)
         elif name in jaxprs.CALLS and name not in CHECKPOINTS:
             called = jaxprs.called_program(equation)
             assert called is not None
@@ -77,75 +69,6 @@ def add(
         return results
 
     return jaxprs.interpret(program, operands, step, lambda constant: constant), ids
-
-
-class _At:
-    """Where an equation looks its image up."""
-
-    def __init__(self, found: Found, ids: Any, valid: Any, zeros: Any) -> None:
-        self._lookup, self._local, self._valid = found.lookup, ids, valid
-        self._zeros = dict(zip(found.leaves, zeros, strict=True))
-        self.table = _Positions("the table", found.lookup.num_rows, ids.reshape(-1))
-        self.ids: dict[int, Any] = {}
-
-    def leaf(self, leaf: Leaf) -> jax.Array:
-        """The rows of a table, and what is added to them."""
-        rows = lookups.fetched(leaf.array, self._local, self._lookup.row_axes)
-        outside = None if self._valid is None else ~self._valid
-        if self._lookup.mode == GatherScatterMode.PROMISE_IN_BOUNDS:
-            rows = _chosen(outside, lax.stop_gradient(rows), rows)
-        first_row = leaf.first_row * self._lookup.rows_of_first_axis
-        ids = (self._local + first_row).astype(self._local.dtype)
-        self.ids[leaf.index] = _chosen(outside, -1, ids)
-        rows = rows + _placed_as(rows, self._zeros[leaf.index])
-        return rows.reshape(-1, *rows.shape[self._local.ndim :])
-
-
-class _Positions(Table):
-    """Any positions, of which several may have the same row."""
-
-    def gather(self, array: jax.Array) -> jax.Array:
-        return lookups.fetched(jnp.asarray(array), self.ids, 1)
-
-
-def _look_up(
-    equation: Equation, operands: Sequence[Any], found: Found, zeros: Any
-) -> tuple[list[Any], list[Any]]:
-    image, *indices = operands
-    with jaxprs.standing_at(equation):
-        indices = lookups.indices_of(equation, list(map(whole, operands)))
-        ids, valid = found.lookup.ids(indices)
-        at = _At(found, ids, valid, zeros)
-        rows = images.rows(image, at)
-        result = found.lookup.result(rows, indices, valid)
-        if equation.primitive.name == "slice":
-            result = lookups.sliced_columns(equation, result)
-    return [result], [_in_this_mesh(at.ids[leaf]) for leaf in found.leaves]
-
-
-def _chosen(mask: Any, if_true: Any, if_false: jax.Array) -> jax.Array:
-    """Elements, or windows of them, chosen by a mask of their first axes."""
-    if mask is None:
-        return if_false
-    mask = mask.reshape(mask.shape + (1,) * (if_false.ndim - mask.ndim))
-    return jnp.where(mask, jnp.asarray(if_true, if_false.dtype), if_false)
-
-
-def _placed_as(rows: jax.Array, zeros: jax.Array) -> jax.Array:
-    sharding = jax.typeof(rows).sharding
-    if jax.typeof(zeros).sharding == sharding:
-        return zeros
-    placed: jax.Array = jax.sharding.reshard(zeros, sharding)
-    return placed
-
-
-def _in_this_mesh(ids: jax.Array) -> jax.Array:
-    """Ids whose equation stands in another kind of mesh, on all devices."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or jax.typeof(ids).sharding.mesh == mesh:
-        return ids
-    placed: jax.Array = jax.sharding.reshard(ids, NamedSharding(mesh, PartitionSpec()))
-    return placed
 
 
 def _checkpoint(
@@ -188,9 +111,9 @@ def _cond(
 
         return run
 
-    return lax.switch(
-        index, list(map(branch, range(len(programs)))), _without_tables(operands), zeros
-    )
+    run = [branch(which) for which in range(len(programs))]
+    results, ids = lax.switch(index, run, _without_tables(operands), zeros)
+    return results, ids
 
 
 def _scan(
@@ -223,7 +146,10 @@ def _while(
 ) -> tuple[list[Any], Arrays]:
     loop = jaxprs.while_parts(equation)
     end = loop.num_condition_consts + loop.num_body_consts
-    constants = operands[: loop.num_condition_consts], operands[loop.num_condition_consts : end]
+    constants = (
+        operands[: loop.num_condition_consts],
+        operands[loop.num_condition_consts : end],
+    )
 
     def run(which: int, program: Program, carry: list[Any]) -> list[Any]:
         values = [*constants[which], *carry]
@@ -250,7 +176,7 @@ def _shard_map(
 
     def body(arrays: list[Any], zeros: Arrays) -> Any:
         values = [
-            Leaf(value.index, array, _first_row(parts, spec, array))
+            Leaf(value.index, array, _first_row(spec, array))
             if is_image(value)
             else array
             for value, array, spec in zip(operands, arrays, parts.in_specs, strict=True)
@@ -267,10 +193,11 @@ def _shard_map(
         axis_names=parts.axes,
         check_vma=parts.check_vma,
     )
-    return run(list(map(whole, operands)), zeros)
+    results, ids = run(list(map(whole, operands)), zeros)
+    return results, ids
 
 
-def _first_row(parts: jaxprs.ShardMap, spec: PartitionSpec, array: jax.Array) -> Any:
+def _first_row(spec: PartitionSpec, array: jax.Array) -> Any:
     """The row of a table with which a device's part of it begins."""
     if not len(spec) or spec[0] is None:
         return 0

@@ -4,72 +4,20 @@ The program is read, not run: of each value all that is known is of which tables
 an image (`images.py`), or else whether it depends on data.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 
 from monolith_optax._rows import images, jaxprs
+from monolith_optax._rows.found import Found, Inside, Tree, device_axes
 from monolith_optax._rows.images import Leaf, is_image, leaves_of
 from monolith_optax._rows.jaxprs import Equation, Program, type_of
-from monolith_optax._rows.lookups import Lookup, lookup
+from monolith_optax._rows.lookups import lookup
 
 LOOKUPS = ("gather", "dynamic_slice", "slice")
 CHECKPOINTS = ("checkpoint", "remat", "remat2")
-
-
-class Found(NamedTuple):
-    """A lookup that has been found.
-
-    Attributes:
-      lookup: which rows and columns it takes.
-      leaves: the tables whose rows are looked up: several, if it is in an image of
-        several.
-      ids_shape: the shape of the ids, all iterations and devices included.
-      varying: the mesh axes over which the rows differ.
-      has_gradient: whether a gradient can come back from it.
-      place: the operation and its line.
-    """
-
-    lookup: Lookup
-    leaves: tuple[int, ...]
-    ids_shape: tuple[int, ...]
-    varying: frozenset[str]
-    has_gradient: bool
-    place: str
-
-    def zeros_shapes(self, types: Sequence[Any]) -> list[tuple[int, ...]]:
-        """For each of the tables, the shape of the rows."""
-        row_axes = self.lookup.row_axes
-        return [
-            (*self.ids_shape, *types[leaf].shape[row_axes:]) for leaf in self.leaves
-        ]
-
-    def stacked(self, *sizes: int) -> "Found":
-        """The lookup, with as many of them in new first axes."""
-        return self._replace(ids_shape=(*sizes, *self.ids_shape))
-
-
-class Inside(NamedTuple):
-    """The lookups inside a call, a loop or another equation that runs programs.
-
-    Attributes:
-      tree: the lookups, as they are in one run of the program; or for several programs
-        several of these.
-      all_runs: makes of such a lookup all of those that the equation does.
-    """
-
-    tree: list[Any]
-    all_runs: Callable[[Found], Found] = lambda found: found
-
-    def outside(self) -> "Tree":
-        """The lookups that the equation does, as a tree of lists."""
-        return for_each(self.tree, self.all_runs)
-
-
-# Lookups in the order of the program; `Found`, `Inside` or further trees.
-Tree = list[Any]
 
 
 class Finder:
@@ -83,7 +31,8 @@ class Finder:
     def __init__(self, types: Sequence[Any], tables: Mapping[int, bool]) -> None:
         """Gives the types of the leaves, and those to look for.
 
-        Each comes with whether it may be looked up by ids that are no data.
+        Each comes with whether it was asked for, and then may be a stack of tables, or
+        be looked up by constants.
         """
         self._types, self._tables = types, tables
         self._num_rows = frozenset(types[leaf].shape[0] for leaf in tables)
@@ -139,7 +88,9 @@ class Finder:
             tree.append(Inside(inner))
             return results
         if name not in _BODIES:
-            return self._refuse(operands, f"is used by {self._place(equation)}", equation)
+            return self._refuse(
+                operands, f"is used by {self._place(equation)}", equation
+            )
         # Images of no tables are no longer images inside a body.
         operands = [v if leaves_of([v]) else images.is_data(v) for v in operands]
         self._callers.insert(0, equation)
@@ -165,11 +116,12 @@ class Finder:
         if found.row_axes > 1 and not table.elementwise:
             why = f"is computed with before the stacked lookup by {place}"
             return self._refuse(operands, why, equation)
+        not_asked = [Leaf(leaf) for leaf in table.leaves if not self._tables[leaf]]
+        if found.row_axes > 1:
+            why = f"is looked up as a stack of tables by {place}"
+            self._refuse(not_asked, why, equation)
         if not any(map(images.is_data, indices)):
-            constant = [leaf for leaf in table.leaves if not self._tables[leaf]]
-            if constant:
-                why = f"is looked up by constants in {place}"
-                self._refuse([Leaf(leaf) for leaf in constant], why, equation)
+            self._refuse(not_asked, f"is looked up by constants in {place}", equation)
         for leaf in table.leaves:
             if self.row_axes.setdefault(leaf, found.row_axes) != found.row_axes:
                 why = f"is looked up both as one table and as a stack by {place}"
@@ -257,7 +209,10 @@ class Finder:
             refused, row_axes = dict(self.refused), dict(self.row_axes)
             results, tree = self._run(body, operands)
             after = results[: carry.stop - carry.start]
-            joined = [a or images.is_data(b) for a, b in zip(operands[carry], after, strict=True)]
+            joined = [
+                a or images.is_data(b)
+                for a, b in zip(operands[carry], after, strict=True)
+            ]
             if joined == operands[carry]:
                 return results, tree
             self.refused, self.row_axes = refused, row_axes
@@ -288,12 +243,6 @@ class Finder:
         return results, Inside(tree, of_all_devices)
 
 
-def device_axes(parts: jaxprs.ShardMap, found: Found) -> tuple[str, ...]:
-    """The mesh axes over which a lookup inside a `shard_map` is another one."""
-    axes = parts.axes & found.varying if parts.check_vma else parts.axes
-    return tuple(axis for axis in parts.mesh.axis_names if axis in axes)
-
-
 _BODIES: dict[str, Any] = {
     **dict.fromkeys(CHECKPOINTS, Finder._checkpoint),
     "cond": Finder._cond,
@@ -301,17 +250,6 @@ _BODIES: dict[str, Any] = {
     "while": Finder._while,
     "shard_map": Finder._shard_map,
 }
-
-
-def for_each(tree: Tree, make: Callable[[Found], Any]) -> list[Any]:
-    """What is made of each lookup; of those of a call as a list."""
-
-    def at(node: Any) -> Any:
-        if isinstance(node, Found):
-            return make(node)
-        return for_each(node.outside() if isinstance(node, Inside) else node, make)
-
-    return list(map(at, tree))
 
 
 def _constant(value: Any) -> bool:

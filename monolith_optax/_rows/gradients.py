@@ -1,6 +1,6 @@
 """Gradients of lookups as RowSlices, without a dense gradient of any table.
 
-The loss is traced, its lookups are found (`finding.py`), and it is run again with a
+The loss is traced, its lookups are found (`finding.py`), and its program is run with a
 zero added to each row that they take (`adding.py`). The gradients of the zeros are
 those of the rows.
 """
@@ -15,7 +15,8 @@ import optax
 
 from monolith_optax._rows import jaxprs
 from monolith_optax._rows.adding import add
-from monolith_optax._rows.finding import Finder, Found, Tree, for_each
+from monolith_optax._rows.finding import Finder
+from monolith_optax._rows.found import Found, Tree, for_each
 from monolith_optax._rows.images import Leaf, whole
 from monolith_optax._rows.slices import RowSlices
 
@@ -23,7 +24,58 @@ from monolith_optax._rows.slices import RowSlices
 def value_and_row_grad(
     fun: Callable[..., Any], tables: Any = None, *, has_aux: bool = False
 ) -> "ValueAndRowGrad":
-    """`jax.value_and_grad` in which the gradients of tables are `RowSlices`."""
+    """`jax.value_and_grad` in which the gradients of tables are `RowSlices`.
+
+    JAX's gradient of `table[ids]` is as large as the table. Here the function is
+    traced, as by `jax.jit`, its lookups of tables are found, and the gradient is taken
+    with respect to the rows that they yield. Value and gradients are those of
+    `jax.value_and_grad`, also if they are differentiated again. So ids outside of a
+    table do what the lookup's mode says, and negative ones count from its end; where
+    a lookup gives nothing for an id, the id is padding in the slices.
+
+    The model needs no changes. Lookups may be `[]`, `jnp.take`, `.at[].get` in any
+    mode, `jnp.take_along_axis`, `jax.lax.dynamic_slice`, of whole rows or of some
+    columns, under `jax.vmap` (also of a stack of tables), inside `jit`, `checkpoint`,
+    `scan`, `cond`, `while_loop`, `map` and `shard_map`. What is done to a table before
+    it is looked up, row by row (casts, scaling, normalised rows), is done to the rows.
+
+    Inside `jax.shard_map` slices are those of the device. Their sum over devices is
+    the gradient.
+
+    Args:
+      fun: a function from params, as its first argument, and others to a scalar. As
+        under `jax.jit`, it cannot branch on values of params.
+      tables: a tree of bools that is a prefix of params: which leaves are tables. If
+        it is None, these are the leaves that the function looks up by ids that are
+        data and uses for nothing else. A leaf looked up by constants, such as
+        `layers[0]`, is not a table then, and neither is a stack of tables. The number
+        of ids or rows does not matter. In the slices of a stack, ids count through
+        all of its rows.
+      has_aux: whether the function returns a pair, of which the second is passed on.
+
+    Returns:
+      A function of the same arguments that returns the value, or the pair, and the
+      gradients. Its method `explain`, of the same arguments, says of each leaf of
+      params whether its gradient is rows or dense, and why.
+
+    Raises:
+      ValueError: (when called) tables is not a prefix of params, or names a scalar, or
+        a leaf that is used for more than lookups.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from monolith_optax import value_and_row_grad
+      >>> params = {"table": jnp.ones((1000, 2)), "scale": jnp.array(3.0)}
+      >>> def loss(params, ids):
+      ...     return params["scale"] * params["table"][ids].sum()
+      >>> grad = value_and_row_grad(loss)
+      >>> value, gradients = grad(params, jnp.array([5, -1]))
+      >>> print(value, gradients["scale"], gradients["table"].ids)
+      12.0 4.0 [  5 999]
+      >>> print(gradients["table"].rows)
+      [[3. 3.]
+       [3. 3.]]
+    """
     return ValueAndRowGrad(fun, tables, has_aux)
 
 
@@ -38,75 +90,117 @@ class ValueAndRowGrad:
     ) -> tuple[Any, optax.Updates]:
         """The value of the function, or the pair, and the gradients."""
         loss = _trace(self._fun, self._has_aux, params, args, kwargs)
-        tables, tree, _ = _choose(loss, self._tables)
-        value, aux, gradients = _differentiate(loss, tables, tree)
-        value = (value, loss.aux(aux)) if self._has_aux else value
-        return value, jax.tree.unflatten(loss.structure, gradients)
+        choice = _choose(loss, self._tables)
+        (value, aux), gradients = _differentiate(loss, choice)
+        result = (value, loss.with_arrays(aux)) if self._has_aux else value
+        return result, jax.tree.unflatten(loss.structure, gradients)
 
     def explain(self, params: optax.Params, *args: Any, **kwargs: Any) -> str:
-        """Which gradients are rows, which are dense, and why."""
+        """Which leaves have gradients of rows, which have dense ones, and why.
+
+        Args:
+          params: as for the gradients, as are all other arguments.
+          *args: what the function takes besides params.
+          **kwargs: what it takes by name.
+
+        Returns:
+          A line for each leaf of params.
+        """
         loss = _trace(self._fun, self._has_aux, params, args, kwargs)
-        tables, tree, refused = _choose(loss, self._tables)
-        places: dict[int, list[str]] = {leaf: [] for leaf in tables}
-
-        def add_place(found: Found) -> None:
-            for leaf in found.leaves:
-                places[leaf].append(found.place)
-
-        for_each(tree, add_place)
-        lines = []
-        for leaf, name in enumerate(loss.names):
-            if leaf in tables:
-                where = ", ".join(dict.fromkeys(places[leaf])) or "nothing"
-                lines.append(f"{name}: rows, looked up by {where}")
-            else:
-                lines.append(f"{name}: dense, {refused[leaf]}")
-        return "\n".join(lines)
+        choice = _choose(loss, self._tables)
+        places: dict[int, dict[str, None]] = {leaf: {} for leaf in choice.tables}
+        for leaf, found in _tables_of(choice.tree):
+            places[leaf][found.place] = None
+        return "\n".join(
+            f"{name}: rows, looked up by {', '.join(places[leaf]) or 'nothing'}"
+            if leaf in choice.tables
+            else f"{name}: dense, {choice.refused[leaf]}"
+            for leaf, name in enumerate(loss.names)
+        )
 
 
 class _Loss(NamedTuple):
-    """A traced loss."""
+    """A traced loss.
+
+    Attributes:
+      program: from leaves to the value and the arrays of the auxiliary output.
+      leaves: the leaves of params.
+      names: what they are called.
+      structure: the tree of params.
+      with_arrays: makes the auxiliary output of its arrays.
+    """
 
     program: jaxprs.Program
     leaves: list[Any]
     names: list[str]
     structure: Any
-    aux: Callable[[list[Any]], Any]
+    with_arrays: Callable[[list[Any]], Any]
+
+    @property
+    def types(self) -> list[Any]:
+        """The types of the leaves."""
+        return list(map(jax.typeof, self.leaves))
+
+
+class _Choice(NamedTuple):
+    """The leaves that are tables, their lookups, and why other leaves are not."""
+
+    tables: frozenset[int]
+    tree: Tree
+    refused: dict[int, str]
 
 
 def _trace(
     fun: Callable[..., Any], has_aux: bool, params: Any, args: Any, kwargs: Any
 ) -> _Loss:
     paths, structure = jax.tree.flatten_with_path(params)
-    args, kwargs = tuple(map(_as_data, args)), {k: _as_data(v) for k, v in kwargs.items()}
-    aux: list[Any] = [[], None]
+    args, kwargs = map(_as_data, args), {k: _as_data(v) for k, v in kwargs.items()}
+    aux: list[Any] = []
+    aux_structure: Any = None
 
     def flat(*leaves: Any) -> list[Any]:
+        nonlocal aux, aux_structure
         result = fun(jax.tree.unflatten(structure, leaves), *args, **kwargs)
         value, rest = result if has_aux else (result, None)
-        aux[:] = jax.tree.flatten(rest)
-        return [value, *filter(_is_array, aux[0])]
+        aux, aux_structure = jax.tree.flatten(rest)
+        arrays = [leaf for leaf in aux if isinstance(leaf, jax.Array)]
+        aux = [_ARRAY if isinstance(leaf, jax.Array) else leaf for leaf in aux]
+        return [value, *arrays]
 
     leaves = [leaf for _, leaf in paths]
     program, _ = jaxprs.trace(flat, *leaves)
-    aux_leaves, aux_structure = aux
 
     def with_arrays(arrays: list[Any]) -> Any:
         rest = iter(arrays)
-        filled = [next(rest) if _is_array(leaf) else leaf for leaf in aux_leaves]
+        filled = [next(rest) if leaf is _ARRAY else leaf for leaf in aux]
         return jax.tree.unflatten(aux_structure, filled)
 
-    names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in paths]
+    keystr = jax.tree_util.keystr
+    names = [keystr(path, simple=True, separator=".") for path, _ in paths]
     return _Loss(program, leaves, names, structure, with_arrays)
 
 
-def _choose(loss: _Loss, tables: Any) -> tuple[list[int], Tree, dict[int, str]]:
-    """Which leaves are tables, their lookups, and why other leaves are not."""
-    types = list(map(jax.typeof, loss.leaves))
+# Stands for an array of the auxiliary output.
+_ARRAY = object()
+
+
+def _as_data(argument: Any) -> Any:
+    """An argument with JAX's arrays for NumPy's, which are constants of a program."""
+
+    def is_numbers(leaf: Any) -> bool:
+        return isinstance(leaf, np.ndarray) and leaf.dtype.kind in "biufc"
+
+    if not any(map(is_numbers, jax.tree.leaves(argument))):
+        return argument
+    return jax.tree.map(lambda x: jnp.asarray(x) if is_numbers(x) else x, argument)
+
+
+def _choose(loss: _Loss, tables: Any) -> _Choice:
+    types = loss.types
     if tables is None:
         asked = [False] * len(types)
         refused = {
-            leaf: "as it has no rows"
+            leaf: "as it has no rows of floating point"
             for leaf, aval in enumerate(types)
             if not aval.shape or not jnp.issubdtype(aval.dtype, jnp.floating)
         }
@@ -117,36 +211,47 @@ def _choose(loss: _Loss, tables: Any) -> tuple[list[int], Tree, dict[int, str]]:
         left = {leaf: ask for leaf, ask in enumerate(asked) if leaf not in refused}
         finder = Finder(types, left)
         tree = finder.find(loss.program)
-        unused = {leaf: "is never looked up" for leaf in left} if tables is None else {}
-        for leaf in finder.row_axes:
-            unused.pop(leaf, None)
-        more = unused | finder.refused
-        if not more:
-            return list(left), tree, refused
-        if tables is not None:
+        more = dict(finder.refused)
+        if tables is None:
+            for leaf in left.keys() - finder.row_axes.keys():
+                more.setdefault(leaf, "is never looked up")
+        elif more:
             leaf, why = min(more.items())
             raise ValueError(
                 f"Table {loss.names[leaf]} {why}, so its gradient is not one of rows. "
-                "Leave it out of tables to get a dense gradient, or change the model."
+                "Say False for it in tables to get a dense gradient, or only look it "
+                "up in the model."
             )
+        if not more:
+            return _Choice(frozenset(left), tree, refused)
         refused |= {leaf: f"as it {why}" for leaf, why in more.items()}
 
 
-def _differentiate(
-    loss: _Loss, tables: list[int], tree: Tree
-) -> tuple[Any, list[Any], list[Any]]:
-    types = list(map(jax.typeof, loss.leaves))
-    num_rows = frozenset(types[leaf].shape[0] for leaf in tables)
-    dense = [None if i in tables else leaf for i, leaf in enumerate(loss.leaves)]
+def _flags(tables: Any, loss: _Loss) -> list[bool]:
+    params = jax.tree.unflatten(loss.structure, loss.leaves)
+    try:
+        flags = jax.tree.leaves(jax.tree.broadcast(tables, params))
+    except ValueError as error:
+        raise ValueError(
+            "tables must be a tree of bools that is a prefix of the tree of params, "
+            f"but it is {tables!r}, and that of params is {loss.structure}."
+        ) from error
+    for flag, aval, name in zip(flags, loss.types, loss.names, strict=True):
+        if flag and not aval.shape:
+            raise ValueError(f"tables names {name}, but a scalar has no rows.")
+    return [bool(flag) for flag in flags]
 
-    def run(dense: list[Any], zeros: Any) -> Any:
-        operands = [
-            Leaf(index, leaf) if index in tables else dense[index]
-            for index, leaf in enumerate(loss.leaves)
-        ]
-        results, ids = add(loss.program, operands, tree, zeros, num_rows)
-        value, *aux = map(whole, results)
-        return value, (aux, ids)
+
+def _tables_of(tree: Tree) -> list[tuple[int, Found]]:
+    """The tables of all lookups, in the order of their zeros and ids."""
+    pairs: list[tuple[int, Found]] = []
+    for_each(tree, lambda found: pairs.extend((leaf, found) for leaf in found.leaves))
+    return pairs
+
+
+def _differentiate(loss: _Loss, choice: _Choice) -> tuple[tuple[Any, Any], list[Any]]:
+    types, tables = loss.types, choice.tables
+    num_rows = frozenset(types[leaf].shape[0] for leaf in tables)
 
     def zeros_of(found: Found) -> list[Any]:
         shapes = zip(found.leaves, found.zeros_shapes(types), strict=True)
@@ -155,58 +260,32 @@ def _differentiate(
             for leaf, shape in shapes
         ]
 
-    (value, (aux, ids)), (gradients, rows) = jax.value_and_grad(
-        run, argnums=(0, 1), has_aux=True
-    )(dense, for_each(tree, zeros_of))
+    def run(dense: list[Any], zeros: Any) -> Any:
+        operands = [
+            Leaf(index, leaf) if index in tables else dense[index]
+            for index, leaf in enumerate(loss.leaves)
+        ]
+        results, ids = add(loss.program, operands, choice.tree, zeros, num_rows)
+        value, *aux = map(whole, results)
+        return value, (aux, ids)
+
+    dense = [None if i in tables else leaf for i, leaf in enumerate(loss.leaves)]
+    grad = jax.value_and_grad(run, argnums=(0, 1), has_aux=True)
+    zeros = for_each(choice.tree, zeros_of)
+    (value, (aux, ids)), (gradients, rows) = grad(dense, zeros)
     parts: dict[int, list[RowSlices]] = {leaf: [] for leaf in tables}
-
-    sources: list[tuple[int, bool]] = []
-    for_each(
-        tree,
-        lambda found: sources.extend((leaf, found.has_gradient) for leaf in found.leaves),
-    )
-    for (leaf, has_gradient), i, r in zip(
-        sources, jax.tree.leaves(ids), jax.tree.leaves(rows), strict=True
+    for (leaf, found), *part in zip(
+        _tables_of(choice.tree), *map(jax.tree.leaves, (ids, rows)), strict=True
     ):
-        if has_gradient:
-            parts[leaf].append(RowSlices(i, r))
+        if found.has_gradient:
+            parts[leaf].append(RowSlices(*part))
     for leaf in tables:
-        gradients[leaf] = _sum(parts[leaf], types[leaf])
-    return value, aux, gradients
+        gradients[leaf] = _total(parts[leaf], types[leaf])
+    return (value, aux), gradients
 
 
-def _sum(parts: list[RowSlices], table: Any) -> RowSlices:
+def _total(parts: list[RowSlices], table: Any) -> RowSlices:
     if not parts:
         empty = jnp.zeros((0, *table.shape[1:]), table.dtype)
         return RowSlices(jnp.zeros(0, jnp.int32), empty)
     return parts[0] if len(parts) == 1 else RowSlices.concatenate(parts)
-
-
-def _flags(tables: Any, loss: _Loss) -> list[bool]:
-    try:
-        flags = jax.tree.leaves(
-            jax.tree.broadcast(tables, jax.tree.unflatten(loss.structure, loss.leaves))
-        )
-    except ValueError as error:
-        raise ValueError("tables must be a prefix of the tree of params.") from error
-    for flag, leaf, name in zip(flags, loss.leaves, loss.names, strict=True):
-        if flag and np.ndim(leaf) == 0:
-            raise ValueError(f"tables names {name}, a scalar, which has no rows.")
-    return [bool(flag) for flag in flags]
-
-
-def _is_array(leaf: Any) -> bool:
-    return isinstance(leaf, jax.Array)
-
-
-def _as_data(argument: Any) -> Any:
-    """An argument whose NumPy arrays JAX does not take for numbers of the program."""
-
-    def is_numpy(leaf: Any) -> bool:
-        return isinstance(leaf, np.ndarray) and jax.dtypes.issubdtype(
-            leaf.dtype, np.number
-        )
-
-    if not any(map(is_numpy, jax.tree.leaves(argument))):
-        return argument
-    return jax.tree.map(lambda leaf: jnp.asarray(leaf) if is_numpy(leaf) else leaf, argument)

@@ -14,7 +14,7 @@ from monolith_optax._rows.derivatives import run_with_derivatives
 from monolith_optax._rows.jaxprs import Equation, Program, type_of
 from monolith_optax._rows.program import Runner
 from monolith_optax._rows.tables import Table
-from monolith_optax._rows.values import Rows
+from monolith_optax._rows.values import MixesRowsError, Rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,7 +132,9 @@ def mapped(equation: Equation, operands: Sequence[Any]) -> list[Any] | None:
         return None
     leaves = leaves_of(images)
     # Values are arrays when the program runs, and bools when it is only read.
-    from_data = bool(leaves) or any(v is True or is_image(v) and v.is_data for v in operands)
+    from_data = bool(leaves) or any(
+        v is True or (is_image(v) and v.is_data) for v in operands
+    )
     elementwise = name in rules.ELEMENTWISE and all(
         value.elementwise if is_image(value) else not type_of(operand).shape
         for operand, value in zip(equation.invars, operands, strict=True)
@@ -159,7 +161,9 @@ def rows(image: Image, at: At) -> Any:
 
     def rows_of(value: Any) -> Any:
         if id(value) not in done:
-            done[id(value)] = at.leaf(value) if isinstance(value, Leaf) else apply(value)
+            done[id(value)] = (
+                at.leaf(value) if isinstance(value, Leaf) else apply(value)
+            )
         return done[id(value)]
 
     def apply(image: Mapped) -> Any:
@@ -209,9 +213,6 @@ def _keeps_rows(equation: Equation, operands: Sequence[Any]) -> bool:
 def _results(program: Program, operands: Sequence[Any]) -> list[Any] | None:
     """What a program makes of images, or None if it does not keep rows apart."""
 
-    class MixesRows(Exception):
-        pass
-
     def step(equation: Equation, operands: list[Any]) -> Sequence[Any]:
         if not any(map(is_image, operands)):
             return [True] * len(equation.outvars)
@@ -220,10 +221,10 @@ def _results(program: Program, operands: Sequence[Any]) -> list[Any] | None:
             called = jaxprs.called_program(equation)
         results = _results(called, operands) if called else mapped(equation, operands)
         if results is None:
-            raise MixesRows
+            raise MixesRowsError("mixes rows", equation)
         return results
 
     try:
         return jaxprs.interpret(program, operands, step, lambda _: True)
-    except MixesRows:
+    except MixesRowsError:
         return None

@@ -196,7 +196,9 @@ class ShardMap(NamedTuple):
 def shard_map_parts(equation: Equation) -> ShardMap:
     """The parts of a `shard_map`."""
     params = equation.params
-    axes = params["newly_manual_axes" if "newly_manual_axes" in params else "manual_axes"]
+    axes = params[
+        "newly_manual_axes" if "newly_manual_axes" in params else "manual_axes"
+    ]
     return ShardMap(
         closed(params["jaxpr"]),
         params["mesh"],
@@ -221,4 +223,4 @@ def as_varying(array: Any, axes: frozenset[str]) -> Any:
         return array
     if hasattr(lax, "pcast"):
         return lax.pcast(array, more, to="varying")
-    return lax.pvary(array, more)  # before JAX 0.9
+    return getattr(lax, "pvary")(array, more)  # noqa: B009 (of JAX 0.8)

@@ -5,6 +5,7 @@ the table is a stack of tables that are looked up side by side, as `jax.vmap` do
 A row id then counts through all of them.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -68,40 +69,43 @@ class Lookup:
         """How many rows there are to each index of the first axis."""
         return math.prod(self.shape[1 : self.row_axes])
 
-    def ids(self, indices: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+    def ids(self, indices: Any) -> tuple[jax.Array, jax.Array | None]:
         """The ids of the rows that are taken, and which of them are in the table.
 
         Those that are not are the ids of other rows; all are if there is None.
         """
-        batch = len(self.batch)
         indices = wide_ids(indices)
-        ids: Any = np.zeros((1,) * (batch + self.row_axes), self.ids_dtype)
-        valid: Any = None
-        for axis, size in enumerate(self.shape):
-            start = self._start(axis, indices)
-            last = size - self.sizes[axis]
-            if axis >= self.row_axes and self._start_is_clipped(axis):
-                continue
-            if start is not None and self._by_ids(axis):
-                clipped = lax.clamp(np.zeros((), start.dtype), start, start.dtype.type(last))
-                if self.mode != GatherScatterMode.CLIP:
-                    inside = start == clipped
-                    valid = inside if valid is None else valid & inside
-                start = clipped
-            if axis < self.row_axes:
-                offsets = np.arange(self.sizes[axis], dtype=self.ids_dtype)
-                offsets = np.expand_dims(
-                    offsets, [i for i in range(batch + self.row_axes) if i != batch + axis]
-                )
-                if start is not None:
-                    window = tuple(range(batch, batch + self.row_axes))
-                    start = jnp.asarray(start, self.ids_dtype)
-                    offsets = jnp.expand_dims(start, window) + offsets
-                ids = ids * size + offsets
+        ids: Any = 0
+        for axis in range(self.row_axes):
+            ids = ids * self.shape[axis] + self._along(axis, indices)
         ids = jnp.broadcast_to(ids, self.batch + self.windows).reshape(self.ids_shape)
-        if valid is not None:
-            valid = jnp.broadcast_to(valid, self.batch)
-        return ids, valid
+        if self.mode == GatherScatterMode.CLIP:
+            return ids, None
+        inside = [
+            start == self._clipped(axis, start)
+            for axis in self.numbers.start_index_map
+            if axis < self.row_axes or self.sizes[axis] == self.shape[axis]
+            for start in [self._start(axis, indices)]
+        ]
+        return ids, functools.reduce(jnp.logical_and, inside)
+
+    def _along(self, axis: int, indices: jax.Array) -> Any:
+        """Where along a row axis the rows are, an axis for each of the result."""
+        window = np.arange(self.sizes[axis], dtype=self.ids_dtype)
+        after = self.row_axes - axis - 1
+        window = window.reshape((1,) * (len(self.batch) + axis) + (-1,) + (1,) * after)
+        start = self._start(axis, indices)
+        if start is None:
+            return window
+        if axis in self.numbers.start_index_map:
+            start = self._clipped(axis, start)
+        start = jnp.asarray(start, self.ids_dtype)
+        return start.reshape(start.shape + (1,) * self.row_axes) + window
+
+    def _clipped(self, axis: int, start: jax.Array) -> jax.Array:
+        last = self.shape[axis] - self.sizes[axis]
+        none, last = (start.dtype.type(bound) for bound in (0, last))
+        return lax.clamp(none, start, last)
 
     def result(self, rows: jax.Array, indices: jax.Array, valid: Any) -> jax.Array:
         """What the equation gives, from the rows with the ids."""
@@ -116,18 +120,10 @@ class Lookup:
         valid = jnp.expand_dims(valid, self.numbers.offset_dims)
         return jnp.where(valid, result, jnp.asarray(self.fill, result.dtype))
 
-    def _by_ids(self, axis: int) -> bool:
-        return axis in self.numbers.start_index_map
-
-    def _start_is_clipped(self, axis: int) -> bool:
-        """Whether columns start where they can, or where `_columns` looks after it."""
-        whole = self.sizes[axis] == self.shape[axis]
-        return not whole or self.mode == GatherScatterMode.CLIP
-
     def _start(self, axis: int, indices: jax.Array) -> Any:
         """Where windows start along an axis, with the shape of the batch or with 1s."""
         numbers = self.numbers
-        if self._by_ids(axis):
+        if axis in numbers.start_index_map:
             return indices[..., numbers.start_index_map.index(axis)]
         if axis in numbers.operand_batching_dims:
             which = numbers.operand_batching_dims.index(axis)
@@ -144,7 +140,9 @@ class Lookup:
     def _arranged(self, rows: jax.Array) -> jax.Array:
         """Whole rows with their axes where the gather would have them."""
         batch = len(self.batch)
-        dropped = [batch + axis for axis in range(len(self.shape)) if self._dropped(axis)]
+        dropped = [
+            batch + axis for axis in range(len(self.shape)) if self._dropped(axis)
+        ]
         rows = jnp.squeeze(rows, dropped)
         offsets = iter(range(batch, rows.ndim))
         ids = iter(range(batch))
@@ -170,7 +168,7 @@ class Lookup:
             operand_batching_dims=tuple(range(batch)),
             start_indices_batching_dims=tuple(range(batch)),
         )
-        return lax.gather(
+        result: jax.Array = lax.gather(
             rows,
             jnp.stack(along_batch, -1),
             numbers,
@@ -178,6 +176,7 @@ class Lookup:
             mode=self.mode,
             fill_value=self.fill,
         )
+        return result
 
 
 def lookup(equation: Equation) -> Lookup | str:
@@ -193,7 +192,7 @@ def lookup(equation: Equation) -> Lookup | str:
         sizes = equation.params["slice_sizes"]
         axes = tuple(range(len(shape)))
         numbers = GatherDimensionNumbers(axes, (), axes)
-        batch = ()
+        batch: tuple[int, ...] = ()
     else:  # a slice, whose columns come after it
         sizes = (1, *shape[1:])
         numbers = GatherDimensionNumbers(tuple(range(1, len(shape))), (0,), (0,))
@@ -204,12 +203,17 @@ def lookup(equation: Equation) -> Lookup | str:
 
 
 def indices_of(equation: Equation, operands: Sequence[Any]) -> Any:
-    """The indices of the rows and columns that are taken, in the form of a gather's."""
+    """The indices of what is taken, in the form of a gather's.
+
+    Args:
+      equation: the lookup.
+      operands: those of its operands that come after the table.
+    """
     name = equation.primitive.name
     if name == "gather":
-        return operands[1]
+        return operands[0]
     if name == "dynamic_slice":
-        return jnp.stack([wide_ids(operand) for operand in operands[1:]])
+        return jnp.stack(list(map(wide_ids, operands)))
     return np.asarray(_slice_rows(equation), np.int32)[:, None]
 
 
@@ -217,13 +221,13 @@ def sliced_columns(equation: Equation, rows: jax.Array) -> jax.Array:
     """The columns that a slice takes, of rows that are taken already."""
     start, limit = equation.params["start_indices"], equation.params["limit_indices"]
     strides = equation.params["strides"]
-    [columns] = bind(
+    columns: jax.Array = bind(
         equation,
         [rows],
         start_indices=(0, *start[1:]),
         limit_indices=(len(rows), *limit[1:]),
         strides=strides and (1, *strides[1:]),
-    )
+    )[0]
     return columns
 
 
@@ -233,7 +237,10 @@ def _slice_rows(equation: Equation) -> range:
 
 
 def _of_gather(equation: Equation, shape: tuple[int, ...]) -> Lookup | str:
-    numbers, sizes = equation.params["dimension_numbers"], equation.params["slice_sizes"]
+    numbers, sizes = (
+        equation.params["dimension_numbers"],
+        equation.params["slice_sizes"],
+    )
     if equation.params["mode"] not in _MODES or not numbers.start_index_map:
         return "is looked up in a way that is not known"
     rows = min(numbers.start_index_map)
@@ -261,10 +268,9 @@ def _of_gather(equation: Equation, shape: tuple[int, ...]) -> Lookup | str:
 
 def _default_fill(dtype: Any) -> Any:
     """What JAX takes for entries outside of an array."""
-    if jnp.issubdtype(dtype, jnp.signedinteger):
-        return jnp.iinfo(dtype).min
-    if jnp.issubdtype(dtype, jnp.unsignedinteger):
-        return jnp.iinfo(dtype).max
+    if jnp.issubdtype(dtype, jnp.integer):
+        unsigned = jnp.issubdtype(dtype, jnp.unsignedinteger)
+        return np.iinfo(dtype).max if unsigned else np.iinfo(dtype).min
     return True if dtype == jnp.bool_ else jnp.nan
 
 
@@ -278,13 +284,14 @@ def fetched(table: jax.Array, ids: jax.Array, row_axes: int) -> jax.Array:
         collapsed_slice_dims=(0,),
         start_index_map=(0,),
     )
-    return lax.gather(
+    rows: jax.Array = lax.gather(
         table,
         ids[..., None],
         numbers,
         slice_sizes=(1, *columns),
         mode=GatherScatterMode.PROMISE_IN_BOUNDS,
     )
+    return rows
 
 
 _MODES = (

@@ -1,4 +1,4 @@
-"""The law of value_and_row_grad: value and gradients are those of jax.value_and_grad."""
+"""The law: value_and_row_grad gives the value and the gradients of jax.grad."""
 
 import chex
 import jax
@@ -51,7 +51,5 @@ def check(loss, params, *args, rows, tables=None, jit=True, has_aux=False, rtol=
     chex.assert_trees_all_close(
         (value, densified(gradients, params)), expected, rtol=rtol, atol=1e-12
     )
-    chex.assert_trees_all_equal_dtypes(
-        (value, densified(gradients, params)), expected
-    )
+    chex.assert_trees_all_equal_dtypes((value, densified(gradients, params)), expected)
     return gradients

@@ -84,7 +84,7 @@ def test_data_parallel_inside_shard_map(params, loss, reduced, check_vma):
             out_specs=(spec, spec, spec, P()),
         )
     )
-    value, ids, rows, dense = run(params, IDS)
+    _, ids, rows, dense = run(params, IDS)
     # Each device has gathered the slices of all.
     slices = RowSlices(ids[: len(ids) // 8], rows[: len(ids) // 8])
 
@@ -127,8 +127,10 @@ def test_a_table_split_by_rows_inside_the_loss(params):
     def total(params, ids):
         """As large models do it: each device looks up what it has."""
         ids = ids - lax.axis_index("y") * len(params["t"])
-        found = params["t"].at[ids].get(
-            mode="fill", fill_value=0, wrap_negative_indices=False
+        found = (
+            params["t"]
+            .at[ids]
+            .get(mode="fill", fill_value=0, wrap_negative_indices=False)
         )
         return lax.psum(head(params, lax.psum(found, "y")), "x")
 

@@ -1,7 +1,5 @@
 """Every kind of lookup: value and gradients are JAX's, and nothing is table-sized."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import pytest
@@ -160,7 +158,10 @@ def test_constant_ids_are_rows_only_if_asked_for(name):
 STACKED = {
     "one each": (lambda t, i: jax.vmap(lambda t, i: t[i])(t, i), (3, N, D)),
     "shared ids": (lambda t, i: jax.vmap(lambda t: t[i])(t), (3, N, D)),
-    "take": (lambda t, i: jax.vmap(lambda t, i: jnp.take(t, i, axis=0))(t, i), (3, N, D)),
+    "take": (
+        lambda t, i: jax.vmap(lambda t, i: jnp.take(t, i, axis=0))(t, i),
+        (3, N, D),
+    ),
     "cast": (
         lambda t, i: jax.vmap(lambda t, i: t.astype(jnp.float32)[i])(t, i),
         (3, N, D),
@@ -183,7 +184,18 @@ def test_stacked_tables(name):
     lookup, shape = STACKED[name]
     ids = jnp.array([[1, -1], [10, 3], [0, 0]])
     rtol = 1e-5 if name == "cast" else 1e-10
-    check(loss_of(lookup), {"t": normal(*shape)}, ids, rows={"t"}, rtol=rtol)
+    params, loss = {"t": normal(*shape)}, loss_of(lookup)
+    check(loss, params, ids, rows={"t"}, tables=True, rtol=rtol)
+
+
+def test_a_stack_of_tables_is_rows_only_if_asked_for():
+    lookup, shape = STACKED["one each"]
+    loss, params = loss_of(lookup), {"t": normal(*shape)}
+    ids = jnp.array([[1, -1], [10, 3], [0, 0]])
+    check(loss, params, ids, rows=set())
+    assert "as a stack of tables by gather" in value_and_row_grad(loss).explain(
+        params, ids
+    )
 
 
 def test_an_image_of_several_tables():
@@ -204,7 +216,10 @@ def test_nothing_is_as_large_as_a_table(name):
 
     if name in ("reshaped", "masked", "small ids", "unsigned ids"):
         pytest.skip("only for small tables")
-    types = jax.ShapeDtypeStruct((rows, D), jnp.float64), jax.ShapeDtypeStruct((2, 3), jnp.int32)
+    types = (
+        jax.ShapeDtypeStruct((rows, D), jnp.float64),
+        jax.ShapeDtypeStruct((2, 3), jnp.int32),
+    )
     grad = jax.jit(value_and_row_grad(loss, {"t": True}))
     memory = grad.lower({"t": types[0]}, types[1]).compile().memory_analysis()
     table = rows * D * 8
