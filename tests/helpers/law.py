@@ -39,17 +39,36 @@ def rows_of(gradients):
     }
 
 
-def check(loss, params, *args, rows, tables=None, jit=True, has_aux=False, rtol=1e-10):
-    """Compares with the dense gradient; `rows` are the paths of the tables."""
+def check(
+    loss,
+    params,
+    *args,
+    rows,
+    tables=None,
+    jit=True,
+    has_aux=False,
+    rtol=1e-10,
+    small=False,
+):
+    """Compares with the dense gradient.
+
+    `rows` are the paths of the leaves whose gradients are rows. `small` says that the
+    compiled program must need less memory than a table has.
+    """
     grad = value_and_row_grad(loss, tables, has_aux=has_aux)
     dense_grad = jax.value_and_grad(loss, has_aux=has_aux)
     if jit:
-        grad, dense_grad = jax.jit(grad), jax.jit(dense_grad)
+        grad = jax.jit(grad).lower(params, *args).compile()
+        dense_grad = jax.jit(dense_grad)
     value, gradients = grad(params, *args)
+    actual = value, densified(gradients, params)
     expected = dense_grad(params, *args)
     assert rows_of(gradients) == set(rows)
-    chex.assert_trees_all_close(
-        (value, densified(gradients, params)), expected, rtol=rtol, atol=1e-12
-    )
-    chex.assert_trees_all_equal_dtypes((value, densified(gradients, params)), expected)
+    chex.assert_trees_all_close(actual, expected, rtol=rtol, atol=1e-12)
+    chex.assert_trees_all_equal_dtypes(actual, expected)
+    if small:
+        table = max(leaf.nbytes for leaf in jax.tree.leaves(params))
+        memory = grad.memory_analysis()
+        assert memory.argument_size_in_bytes >= table
+        assert memory.temp_size_in_bytes + memory.output_size_in_bytes < table // 4
     return gradients

@@ -10,8 +10,8 @@ from law import check, normal
 
 from monolith_optax import value_and_row_grad
 
-N, D = 11, 4
-IDS = jnp.array([[1, -1, 3], [10, 1, 0]], jnp.int32)
+N, D = 2003, 4
+IDS = jnp.array([[1, -1, 3], [N - 1, 1, 0]], jnp.int32)
 
 
 @pytest.fixture(autouse=True)
@@ -135,8 +135,8 @@ NESTED = {
 
 @pytest.mark.parametrize("name", NESTED)
 def test_nested_lookups(name):
-    loss = NESTED[name]
-    check(loss, {"t": normal(N, D), "w": normal(D, seed=1)}, IDS, rows={"t"})
+    params = {"t": normal(N, D), "w": normal(D, seed=1)}
+    check(NESTED[name], params, IDS, rows={"t"}, small=True)
 
 
 def test_a_vmapped_cond_is_dense_as_jax_repeats_the_table_for_it():
@@ -144,23 +144,6 @@ def test_a_vmapped_cond_is_dense_as_jax_repeats_the_table_for_it():
     check(in_vmapped_cond, params, IDS, rows=set())
     why = value_and_row_grad(in_vmapped_cond).explain(params, IDS)
     assert why.startswith("t: dense, as it is used by broadcast_in_dim at test_nesting")
-
-
-def memory(loss, rows=50_000):
-    grad = jax.jit(value_and_row_grad(loss, {"t": True, "w": False}))
-    params = {
-        "t": jax.ShapeDtypeStruct((rows, D), jnp.float64),
-        "w": jax.ShapeDtypeStruct((D,), jnp.float64),
-    }
-    compiled = grad.lower(params, jax.ShapeDtypeStruct((2, 3), jnp.int32)).compile()
-    analysis = compiled.memory_analysis()
-    return analysis.temp_size_in_bytes + analysis.output_size_in_bytes, rows * D * 8
-
-
-@pytest.mark.parametrize("name", NESTED)
-def test_nothing_is_as_large_as_a_table(name):
-    used, table = memory(NESTED[name])
-    assert used < table // 10
 
 
 def test_a_checkpoint_keeps_its_policy():
@@ -214,7 +197,7 @@ def test_constant_layers_of_a_loop_are_no_table():
 
 
 def test_the_derivatives_of_gradients_are_jaxs():
-    ids = jnp.array([[1, -1, 30], [10, 1, 0]])
+    ids = jnp.array([[1, -1, N + 9], [N - 1, 1, 0]])
 
     def loss(params, ids):
         found = jnp.take(params["t"], ids, axis=0, mode="fill", fill_value=0.5)
