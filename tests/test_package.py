@@ -1,6 +1,7 @@
 """The package as a whole: what importing it costs, what it names, what it leans on."""
 
 import ast
+import doctest
 import importlib.metadata
 import subprocess
 import sys
@@ -11,6 +12,12 @@ import pytest
 import monolith_optax
 
 PACKAGE = Path(monolith_optax.__file__).parent
+MODULES = (
+    monolith_optax,
+    monolith_optax.checkpoint,
+    monolith_optax.embedding,
+    monolith_optax.net,
+)
 
 
 def run(code, **environment):
@@ -25,6 +32,14 @@ def test_import_loads_neither_jax_nor_optax():
     )
 
 
+def test_submodules_are_there_without_an_import_of_their_own():
+    run(
+        "import sys, monolith_optax as m; "
+        "m.net.check_nodes; assert 'jax' not in sys.modules; "
+        "m.checkpoint.import_slots; m.embedding.adagrad"
+    )
+
+
 def test_making_an_optimizer_touches_no_device():
     # JAX fails on first use of a device when it is told to use one that is not there.
     no_device = {"JAX_PLATFORMS": "nonexistent"}
@@ -33,10 +48,24 @@ def test_making_an_optimizer_touches_no_device():
         run("import jax.numpy as jnp; jnp.zeros(1)", **no_device)
 
 
-def test_every_public_name_is_there():
-    for name in monolith_optax.__all__:
-        assert getattr(monolith_optax, name).__doc__
-        assert name in dir(monolith_optax)
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [(module, name) for module in MODULES for name in module.__all__],
+    ids=lambda value: getattr(value, "__name__", value),
+)
+def test_public_name(module, name):
+    value = getattr(module, name)
+    assert value.__doc__
+    assert name in dir(module)
+    if isinstance(value, type):  # pickles name this place
+        assert value.__module__ == module.__name__
+        # It is not that of the file, which is where --doctest-modules looks.
+        runner = doctest.DocTestRunner()
+        for test in doctest.DocTestFinder().find(value, name, globs={name: value}):
+            assert runner.run(test).failed == 0
+
+
+def test_names_that_are_not_there():
     with pytest.raises(AttributeError, match="'adam'"):
         monolith_optax.adam  # noqa: B018 (the access is the test)
 
@@ -46,7 +75,7 @@ def test_version_and_types_are_in_the_distribution():
     assert (PACKAGE / "py.typed").exists()
 
 
-def test_private_optax_is_imported_nowhere():
+def test_private_modules_of_optax_and_jax_are_imported_nowhere():
     sources = [*PACKAGE.rglob("*.py"), *Path(__file__).parents[1].glob("*/**/*.py")]
     assert len(sources) > 10
     for source in sources:
@@ -59,4 +88,5 @@ def test_private_optax_is_imported_nowhere():
             elif isinstance(node, ast.Attribute):
                 names = [ast.unparse(node)]
             for name in names:
-                assert not name.startswith("optax._"), f"{source}: {name}"
+                private = name.startswith(("optax._", "jax._"))
+                assert not private, f"{source}: {name}"

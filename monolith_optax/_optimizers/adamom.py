@@ -1,15 +1,19 @@
 """Adamom: momentum divided by the root of a decayed average of squared gradients."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from monolith_optax._optimizers import base, checks
+from monolith_optax._optimizers.base import from_rule, tied
+from monolith_optax._optimizers.slots import Slot
+from monolith_optax._optimizers.weight_decay import Mask, WeightDecay
+from monolith_optax._public import public
 
 
+@public("monolith_optax")
 class AdamomState(NamedTuple):
     """The state of `adamom`.
 
@@ -35,7 +39,7 @@ def adamom(
     weight_decay: ArrayLike = 0.0,
     *,
     use_v2: bool = False,
-    weight_decay_mask: checks.Mask = None,
+    weight_decay_mask: Mask = None,
     slot_dtype: DTypeLike | None = None,
     compact_c: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
@@ -52,11 +56,11 @@ def adamom(
 
     or, with `use_v2`, divides by :math:`\sqrt{v / c} + \text{epsilon}`. As `v / c` is a
     weighted mean of squared gradients from the first step on, `v` needs no bias
-    correction; the momentum has none either.
+    correction. The momentum is not corrected.
 
-    Arithmetic is in float32, or in the slot's dtype where that is wider. Updates come
-    back in the dtype of the parameter, or in the gradient's where `update` is given no
-    params, and slots in their own.
+    Arithmetic is in float32, or in the slot's dtype if that is wider. Updates have the
+    dtype of the parameter, or of the gradient if `update` is given no params. Slots
+    keep their dtype.
 
     Args:
       learning_rate: a number, a scalar array, or a schedule, which is given the count
@@ -66,15 +70,14 @@ def adamom(
       epsilon: keeps the denominator from zero; not negative.
       weight_decay: coupled weight decay (L2), not negative. Unless it is the number 0,
         `update` needs params.
-      use_v2: whether epsilon is added to the root instead of under it.
-      weight_decay_mask: a tree of bools that is a prefix of the parameters, or a
-        function from params to one: where weight decay applies. None: everywhere.
+      use_v2: whether epsilon is added outside the root instead of inside it.
+      weight_decay_mask: where weight decay applies: a tree of bools that is a prefix
+        of the parameters, or a function from params to such a tree. None: everywhere.
       slot_dtype: the dtype of the slots. None: float32, and float64 for float64
         parameters. In bfloat16, `c` would stop growing at 256.
       compact_c: whether `c` is kept as one scalar. Its entries are all equal as long
-        as every step updates every parameter, so the numbers stay the same bit for
-        bit and a third of the slots' memory is saved. (Where several steps are
-        unrolled in one program, XLA may round their last bits in other ways.)
+        as every step updates every parameter, so the numbers stay the same to float32
+        rounding, and the slots take a third less memory.
 
     Returns:
       An `optax.GradientTransformationExtraArgs` whose state is an `AdamomState`.
@@ -106,59 +109,36 @@ def adamom(
       Embedding Table <https://arxiv.org/abs/2209.07663>`_, 2022, and the kernel
       `ResourceApplyAdamom` of `Monolith <https://github.com/bytedance/monolith>`_.
     """
-    checks.check_learning_rate(learning_rate)
-    checks.check_hyperparameter("ada_decay", ada_decay, high=1)
-    checks.check_hyperparameter("mom_decay", mom_decay, high=1)
-    checks.check_hyperparameter("epsilon", epsilon)
-    checks.check_hyperparameter("weight_decay", weight_decay)
-    checks.check_weight_decay_mask(weight_decay_mask)
-    checks.check_slot_dtype(slot_dtype)
 
-    def init(params: optax.Params) -> AdamomState:
-        checks.check_params(params)
-        m = base.zeros(params, slot_dtype)
-        v = base.zeros(params, slot_dtype)
-        c = base.shared_zero(m) if compact_c else base.zeros(params, slot_dtype)
-        return AdamomState(jnp.zeros([], jnp.int32), m, v, c)
+    def rule(
+        g: jax.Array,
+        w: object,
+        slots: AdamomState,
+        *,
+        learning_rate: jax.Array,
+        ada_decay: jax.Array,
+        mom_decay: jax.Array,
+        epsilon: jax.Array,
+    ) -> tuple[jax.Array, AdamomState]:
+        del w
+        m = mom_decay * slots.m + (1 - mom_decay) * g
+        v = ada_decay * slots.v + g * g
+        c = ada_decay * slots.c + 1
+        if not compact_c:
+            c = tied(c, to=v)
+        if use_v2:
+            step = m * learning_rate / (jnp.sqrt(v / c) + epsilon)
+        else:
+            step = m * learning_rate * jax.lax.rsqrt(v / c + epsilon)
+        return -step, slots._replace(m=m, v=v, c=c)
 
-    def update(
-        updates: optax.Updates,
-        state: AdamomState,
-        params: optax.Params | None = None,
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, AdamomState]:
-        del extra_args
-        lr = base.learning_rate_at(learning_rate, state.count)
-
-        def rule(
-            g: jax.Array, m: jax.Array, v: jax.Array, c: jax.Array
-        ) -> tuple[jax.Array, ...]:
-            alpha, ada, mom, eps = base.as_dtype(
-                g.dtype, lr, ada_decay, mom_decay, epsilon
-            )
-            m = mom * m + (1 - mom) * g
-            v = ada * v + g * g
-            # Neither c nor v is ever negative: the selects do nothing, but XLA cannot
-            # know. They keep it from contracting `ada * c + 1` in some programs and not
-            # in others, from computing a full c twice, which takes a copy of the slot,
-            # and from dividing by a scalar c by multiplying with its inverse.
-            c = jnp.where(c < 0, c, ada * c) + 1
-            full_c = jnp.where(v < 0, v, c)
-            mean = v / full_c
-            c = c if compact_c else full_c
-            if use_v2:
-                return -(m * alpha) / (jnp.sqrt(mean) + eps), m, v, c
-            return -(m * alpha) * jax.lax.rsqrt(mean + eps), m, v, c
-
-        updates, slots = base.step(
-            rule,
-            updates,
-            {"m": state.m, "v": state.v, "c": state.c},
-            params,
-            weight_decay,
-            weight_decay_mask,
-            shared="c" if compact_c else "",
-        )
-        return updates, AdamomState(optax.safe_increment(state.count), **slots)
-
-    return optax.GradientTransformationExtraArgs(init, update)
+    return from_rule(
+        rule,
+        AdamomState,
+        learning_rate=learning_rate,
+        fractions={"ada_decay": ada_decay, "mom_decay": mom_decay},
+        nonnegative={"epsilon": epsilon},
+        weight_decay=WeightDecay(weight_decay, weight_decay_mask),
+        slots={"c": Slot(per="tree")} if compact_c else {},
+        slot_dtype=slot_dtype,
+    )

@@ -1,142 +1,196 @@
-"""What every optimizer shares: slots, dtypes and coupled weight decay."""
+"""The base of the optimizers: an optax transformation from a rule for one parameter."""
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.tree_util import keystr
 from jax.typing import ArrayLike, DTypeLike
 
+from monolith_optax._leaves import dtype_of
 from monolith_optax._optimizers import checks
+from monolith_optax._optimizers.slots import Slot, wide
+from monolith_optax._optimizers.weight_decay import WeightDecay
 
 
-def compute_dtype(dtype: DTypeLike) -> np.dtype:
-    """The dtype in which a slot of `dtype` is updated: float32 or wider."""
-    return np.dtype(np.float64 if dtype == np.float64 else np.float32)
+def from_rule(
+    rule: Callable[..., tuple[jax.Array, Any]],
+    state_type: type[Any],
+    *,
+    learning_rate: optax.ScalarOrSchedule,
+    fractions: Mapping[str, ArrayLike] | None = None,
+    nonnegative: Mapping[str, ArrayLike] | None = None,
+    weight_decay: WeightDecay | None = None,
+    slots: Mapping[str, Slot] | None = None,
+    slot_dtype: DTypeLike | None = None,
+    needs_params: bool = False,
+    extra_args: tuple[str, ...] = (),
+) -> optax.GradientTransformationExtraArgs:
+    """An optimizer that runs a rule on every parameter.
 
+    The rule is `step, slots = rule(g, w, slots, **hyperparameters, **extra_args)`: `g`
+    is the gradient with the weight decay added, `w` the parameter (None if `update` is
+    given no params), and `slots` a `state_type` with the slots of this parameter. The
+    step is added to `w`. All numbers but slots of integers are in one dtype, float32 or
+    wider.
 
-def as_dtype(dtype: DTypeLike, *values: ArrayLike) -> list[Any]:
-    """Casts hyperparameters first, so that `1 - decay` is rounded as in `dtype`."""
-    return [
-        x.astype(dtype) if isinstance(x, jax.Array) else np.asarray(x, dtype)
-        for x in values
-    ]
-
-
-def zeros(params: optax.Params, slot_dtype: DTypeLike | None) -> optax.Params:
-    """Zeros with the shape and sharding of each parameter."""
-
-    def zero(param: ArrayLike) -> jax.Array:
-        wide = compute_dtype(checks.dtype_of(param))
-        return jnp.zeros_like(param, dtype=wide if slot_dtype is None else slot_dtype)
-
-    return jax.tree.map(zero, params)
-
-
-def shared_zero(slots: optax.Params) -> jax.Array:
-    """One scalar zero that can stand for a whole slot of the same dtype."""
-    dtypes = {slot.dtype for slot in jax.tree.leaves(slots)}
-    if len(dtypes) > 1:
-        raise ValueError(
-            "compact_c keeps one scalar for all parameters, which needs slots of one "
-            f"dtype, but they would have {sorted(map(str, dtypes))}. Give slot_dtype, "
-            "or leave compact_c out."
-        )
-    return jnp.zeros([], dtypes.pop() if dtypes else jnp.float32)
-
-
-def learning_rate_at(learning_rate: optax.ScalarOrSchedule, count: jax.Array) -> Any:
-    """The learning rate of the step that follows `count` steps."""
-    if not callable(learning_rate):
-        return learning_rate
-    rate = learning_rate(count)
-    checks.check_scalar("learning_rate", rate)
-    return rate
-
-
-def step(
-    rule: Callable[..., tuple[jax.Array, ...]],
-    gradients: optax.Updates,
-    slots: dict[str, Any],
-    params: optax.Params | None,
-    weight_decay: ArrayLike,
-    mask: checks.Mask,
-    shared: str = "",
-) -> tuple[optax.Updates, dict[str, Any]]:
-    """Runs `(update, *slots) = rule(weight_decay * w + grad, *slots)` on every leaf.
-
-    The rule sees one dtype alone, the compute dtype of the first slot. Updates come
-    back in the parameters' dtypes, or in the gradients' without params; slots in those
-    that they had. The slot named `shared` is one scalar that all leaves update alike.
+    Args:
+      rule: the rule. It treats every entry by itself, or every row.
+      state_type: a named tuple of `count` and the slots.
+      learning_rate: a number, or a schedule of `count`.
+      fractions: hyperparameters in [0, 1].
+      nonnegative: hyperparameters that are at least 0.
+      weight_decay: coupled weight decay. None: the optimizer has none.
+      slots: the slots that do not start as zeros in the shape of the parameter.
+      slot_dtype: the dtype of the slots. None: float32, and float64 for float64
+        parameters.
+      needs_params: whether the rule reads `w`.
+      extra_args: names of extra arguments of `update` that the rule takes as they are;
+        None where they are not given.
     """
-    first = next(iter(slots.values()))
-    checks.check_gradients(gradients, slots, params, shared)
-    like = gradients if params is None else params
-    g = jax.tree.map(
-        lambda g, slot: jnp.asarray(g, compute_dtype(slot.dtype)), gradients, first
+    fractions, nonnegative = dict(fractions or {}), dict(nonnegative or {})
+    checks.check_learning_rate(learning_rate)
+    for name, value in fractions.items():
+        checks.check_hyperparameter(name, value, high=1)
+    for name, value in nonnegative.items():
+        checks.check_hyperparameter(name, value)
+    checks.check_slot_dtype(slot_dtype)
+    optimizer = _Optimizer(
+        rule,
+        state_type,
+        learning_rate,
+        fractions | nonnegative,
+        weight_decay or WeightDecay(),
+        dict.fromkeys(state_type._fields[1:], Slot()) | dict(slots or {}),
+        slot_dtype,
+        needs_params,
+        extra_args,
     )
-    # A weight decay of 0 that has become an array would be multiplied all the same.
-    if checks.concrete(weight_decay) != 0:
-        g = _add_decayed_weights(g, params, weight_decay, mask)
-
-    def leaf(g: jax.Array, like: ArrayLike, *old: jax.Array) -> tuple[jax.Array, ...]:
-        update, *new = rule(g, *(jnp.asarray(slot, g.dtype) for slot in old))
-        new = [n.astype(o.dtype) for n, o in zip(new, old, strict=True)]
-        return update.astype(checks.dtype_of(like)), *new
-
-    count = len(jax.tree.leaves(first))
-    columns = [
-        [slot] * count if name == shared else jax.tree.leaves(slot)
-        for name, slot in slots.items()
-    ]
-    rows = zip(jax.tree.leaves(g), jax.tree.leaves(like), *columns, strict=True)
-    results = [leaf(*row) for row in rows]
-    updates, *new_slots = (
-        jax.tree.unflatten(jax.tree.structure(first), [result[i] for result in results])
-        for i in range(1 + len(slots))
-    )
-    new = dict(zip(slots, new_slots, strict=True))
-    if shared:
-        new[shared] = next(iter(jax.tree.leaves(new[shared])), slots[shared])
-    return updates, new
+    return optax.GradientTransformationExtraArgs(optimizer.init, optimizer.update)
 
 
-def _add_decayed_weights(
-    gradients: optax.Updates,
-    params: optax.Params | None,
-    weight_decay: ArrayLike,
-    mask: checks.Mask,
-) -> optax.Updates:
-    if params is None:
-        raise ValueError(
-            "Weight decay needs the current parameters, but params is None: call "
-            "update(gradients, state, params). Under optax.inject_hyperparams even a "
-            "weight decay of 0 is an array, unless static_args names 'weight_decay'."
+@dataclass(frozen=True)
+class _Optimizer:
+    rule: Callable[..., tuple[jax.Array, Any]]
+    state_type: type[Any]
+    learning_rate: optax.ScalarOrSchedule
+    hyperparameters: dict[str, ArrayLike]
+    weight_decay: WeightDecay
+    slots: dict[str, Slot]
+    slot_dtype: DTypeLike | None
+    needs_params: bool
+    extra_args: tuple[str, ...]
+
+    def init(self, params: optax.Params) -> Any:
+        checks.check_params(params)
+        return self.state_type(
+            count=jnp.zeros([], jnp.int32),
+            **{k: slot.init(params, self.slot_dtype) for k, slot in self.slots.items()},
         )
 
-    def decay(use: bool, g: jax.Array, param: ArrayLike) -> jax.Array:
-        [rate] = as_dtype(g.dtype, weight_decay)
-        return rate * jnp.asarray(param, g.dtype) + g if use else g
-
-    return jax.tree.map(decay, _full_mask(mask, params), gradients, params)
-
-
-def _full_mask(mask: checks.Mask, params: optax.Params) -> Any:
-    """The mask as a bool for each parameter."""
-    if callable(mask) and checks.is_leaf(mask):  # not a module that can be called
-        mask = mask(params)
-    try:
-        full = jax.tree.broadcast(True if mask is None else mask, params)
-    except ValueError as error:
-        raise ValueError(
-            "weight_decay_mask must be a prefix of the tree of the parameters."
-        ) from error
-    for path, use in jax.tree.leaves_with_path(full):
-        if not isinstance(use, bool | np.bool_):
+    def update(
+        self,
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, Any]:
+        old = {name: getattr(state, name) for name in self.slots}
+        if self.needs_params and params is None:
             raise ValueError(
-                f"weight_decay_mask must hold bools, but {keystr(path)} is {use!r}."
+                "This optimizer needs the current parameters, but params is None: call "
+                "update(gradients, state, params)."
             )
-    return full
+        checks.check_trees(updates, params, old, self.slots)
+        leaf = functools.partial(
+            self._update_leaf,
+            state.count,
+            self._hyperparameters_at(state.count),
+            {name: extra_args.get(name) for name in self.extra_args},
+        )
+        results = jax.tree.map(
+            leaf,
+            updates,
+            jax.tree.map(lambda _: None, updates) if params is None else params,
+            self.weight_decay.where(updates, params),
+            *(kind.spread(old[name], updates) for name, kind in self.slots.items()),
+        )
+        treedef: Any = jax.tree.structure(updates)
+        results = treedef.flatten_up_to(results)
+        steps = treedef.unflatten([step for step, _ in results])
+        new = {
+            name: kind.joined(
+                treedef.unflatten([s[name] for _, s in results]), old[name]
+            )
+            for name, kind in self.slots.items()
+        }
+        count = optax.safe_increment(state.count)
+        return steps, self.state_type(count=count, **new)
+
+    def _hyperparameters_at(self, count: jax.Array) -> dict[str, ArrayLike]:
+        rate = self.learning_rate
+        if callable(rate):
+            rate = rate(count)
+            checks.check_scalar("learning_rate", rate)
+        return {"learning_rate": rate} | self.hyperparameters
+
+    def _update_leaf(
+        self,
+        count: jax.Array,
+        hyperparameters: dict[str, ArrayLike],
+        extra_args: dict[str, Any],
+        grad: ArrayLike,
+        param: ArrayLike | None,
+        decays: bool,
+        *slots: ArrayLike,
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """The step of one parameter, in its dtype, and its new slots, in theirs."""
+        like = grad if param is None else param
+        old = dict(zip(self.slots, slots, strict=True))
+        real = (old[name] for name, kind in self.slots.items() if kind.is_real)
+        dtype = wide(dtype_of(next(real, like)))
+        g = jnp.asarray(grad, dtype)
+        w = None if param is None else jnp.asarray(param, dtype)
+        if decays:
+            g = as_dtype(self.weight_decay.rate, dtype) * w + g
+        seen = {
+            name: kind.for_rule(old[name], g.ndim, dtype)
+            for name, kind in self.slots.items()
+        }
+        numbers = {name: as_dtype(x, dtype) for name, x in hyperparameters.items()}
+        state = self.state_type(count=count, **seen)
+        step, new = self.rule(g, w, state, **numbers, **extra_args)
+        return step.astype(dtype_of(like)), {
+            name: kind.from_rule(getattr(new, name), old[name])
+            for name, kind in self.slots.items()
+        }
+
+
+def as_dtype(value: ArrayLike, dtype: DTypeLike) -> Any:
+    """A hyperparameter in `dtype`, so that `1 - decay` is also rounded in it."""
+    if isinstance(value, jax.Array):
+        return value.astype(dtype)
+    return np.asarray(value, dtype)
+
+
+def tied(value: jax.Array, to: jax.Array) -> jax.Array:
+    """The value, made to depend on another array, which is never negative.
+
+    If a new slot depends on only one array, XLA on CPU computes it again inside the
+    loop of the parameter, and has to copy the old slot for that. XLA cannot know that
+    this select does nothing.
+    """
+    return jnp.where(to < 0, to, value)
+
+
+def root(x: jax.Array) -> jax.Array:
+    """The square root, whose derivative is 0 at 0.
+
+    Slots begin at 0, and a step may be differentiated: there 0 times infinity is NaN.
+    """
+    positive = x > 0
+    return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1)), 0)

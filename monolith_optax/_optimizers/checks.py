@@ -1,12 +1,11 @@
 """Checks of what users pass in.
 
-They look at shapes, dtypes and concrete numbers alone: they happen while JAX traces
-and cost nothing when the compiled step runs.
+They look only at shapes, dtypes and concrete numbers, so they happen while JAX traces
+and cost the compiled step nothing.
 """
 
 import math
-from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,15 +14,10 @@ import optax
 from jax.tree_util import keystr
 from jax.typing import ArrayLike, DTypeLike
 
-from monolith_optax._rows.slices import RowSlices
+from monolith_optax._leaves import concrete, describe, dtype_of, is_leaf
+from monolith_optax._optimizers.slots import Slot
 
-Mask: TypeAlias = Any | Callable[[optax.Params], Any] | None
-
-
-def dtype_of(leaf: Any) -> Any:
-    """The dtype of an array, a shape or a Python number, as JAX would hold it."""
-    dtype = leaf.dtype if hasattr(leaf, "dtype") else np.dtype(type(leaf))
-    return jax.dtypes.canonicalize_dtype(dtype, allow_extended_dtype=True)
+_FULL = Slot()
 
 
 def check_learning_rate(value: optax.ScalarOrSchedule) -> None:
@@ -42,9 +36,9 @@ def check_hyperparameter(name: str, value: ArrayLike, high: float = math.inf) ->
     dtype = dtype_of(value)
     if jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 4:
         raise ValueError(
-            f"{name} was given in {dtype}, which is too coarse for it (0.9999 is 1 in "
-            "bfloat16, 1e-8 is 0 in float16). Give a number or a float32 array; "
-            "optax.inject_hyperparams takes hyperparam_dtype=jnp.float32."
+            f"{name} must be float32 or wider, but it is {dtype}: 0.9999 is 1 in "
+            "bfloat16, and 1e-8 is 0 in float16. Give a Python number or a float32 "
+            "array; pass hyperparam_dtype=jnp.float32 to optax.inject_hyperparams."
         )
 
 
@@ -62,19 +56,9 @@ def check_slot_dtype(slot_dtype: DTypeLike | None) -> None:
         pass
     raise ValueError(
         "slot_dtype must be None or a floating-point dtype such as jnp.float32, but it "
-        f"is {slot_dtype!r}. optax.inject_hyperparams takes a dtype for a schedule "
-        "unless static_args names 'slot_dtype'."
+        f"is {slot_dtype!r}. With optax.inject_hyperparams, name 'slot_dtype' in "
+        "static_args; otherwise optax takes the dtype for a schedule."
     )
-
-
-def check_weight_decay_mask(mask: Mask) -> None:
-    """Accepts None, functions and trees, but no bare value."""
-    if mask is not None and not callable(mask) and is_leaf(mask):
-        raise ValueError(
-            "weight_decay_mask must be a tree of bools, or a function from params to "
-            f"one, but it is {mask!r}. optax.inject_hyperparams takes a function for a "
-            "schedule unless static_args names 'weight_decay_mask'."
-        )
 
 
 def check_params(params: optax.Params) -> None:
@@ -87,93 +71,99 @@ def check_params(params: optax.Params) -> None:
         else:
             advice = "keep it out of the optimizer with optax.masked or optax.partition"
         if not jnp.issubdtype(dtype, jnp.floating):
-            problems.append(f"params{keystr(path)} is {_describe(param)}: {advice}.")
+            problems.append(f"params{keystr(path)} is {describe(param)}: {advice}.")
     _raise_listed("Parameters must be real floating-point arrays.", problems)
 
 
-def check_gradients(
+def check_trees(
     gradients: optax.Updates,
-    slots: dict[str, Any],
     params: optax.Params | None,
-    shared: str,
+    slots: dict[str, Any],
+    kinds: dict[str, Slot],
 ) -> None:
-    """Accepts dense gradients, params where given, and slots that match exactly."""
-    first, *others = (name for name in slots if name != shared)
-    trees = {"gradients": gradients} | {f"state.{name}": slots[name] for name in others}
+    """Accepts dense gradients, and params and slots that match them."""
+    reference = _reference(gradients, params, slots, kinds)
+    problems = _mismatches("gradients", gradients, reference)
     if params is not None:
-        trees["params"] = params
-    problems = []
-    for name, tree in trees.items():
-        problems += _mismatches(name, tree, slots[first])
-    if shared and not (is_leaf(slots[shared]) and np.shape(slots[shared]) == ()):
-        problems.append(f"state.{shared} is not one scalar, as compact_c has it.")
-    _raise_listed("Gradients, params and state do not belong together.", problems)
+        problems += _mismatches("params", params, reference)
+    for name, kind in kinds.items():
+        if kind.per == "tree":
+            problems += _mismatches(f"state.{name}", slots[name], 0.0)
+        else:
+            problems += _mismatches(f"state.{name}", slots[name], reference, kind)
+    _raise_listed("Gradients, params and state do not match.", problems)
 
 
-def _mismatches(name: str, tree: optax.Updates, slots: optax.Params) -> list[str]:
+def check_like(params: optax.Params, **trees: Any) -> None:
+    """Accepts trees of floating-point arrays with the shapes of the parameters."""
+    problems = [x for name in trees for x in _mismatches(name, trees[name], params)]
+    _raise_listed(f"Params and {' and '.join(trees)} do not belong together.", problems)
+
+
+def _reference(
+    gradients: optax.Updates,
+    params: optax.Params | None,
+    slots: dict[str, Any],
+    kinds: dict[str, Slot],
+) -> Any:
+    """The tree whose structure and shapes the others must have."""
+    trees = [gradients] if params is None else [params, gradients]
+    for name, kind in kinds.items():
+        if kind.per == "entry":
+            return slots[name]
+        if kind.per == "row":
+            trees.sort(key=lambda t: bool(_mismatches(name, slots[name], t, kind)))
+    return trees[0]
+
+
+def _mismatches(name: str, tree: Any, reference: Any, kind: Slot = _FULL) -> list[str]:
+    """How a tree differs from arrays of the reference's shapes."""
     given: Any = jax.tree.structure(tree)
-    if given != jax.tree.structure(slots):
-        return _structure_mismatches(name, tree, slots)
-    leaves = jax.tree.leaves_with_path(tree)
+    if given != jax.tree.structure(reference):
+        return _structure_mismatches(name, tree, reference)
+    shapes = [kind.shape(np.shape(leaf)) for leaf in jax.tree.leaves(reference)]
+    family = jnp.floating if kind.is_real else jnp.integer
+    numbers = "a real floating-point" if kind.is_real else "an integer"
     return [
-        f"{name}{keystr(path)} is {_describe(leaf)}, but the state was made for a "
-        f"real floating-point array of shape {slot.shape}."
-        for (path, leaf), slot in zip(leaves, jax.tree.leaves(slots), strict=True)
-        if np.shape(leaf) != slot.shape
-        or not jnp.issubdtype(dtype_of(leaf), jnp.floating)
+        f"{name}{keystr(path)}: expected {numbers} array of shape {shape}, "
+        f"got {describe(leaf)}."
+        for (path, leaf), shape in zip(
+            jax.tree.leaves_with_path(tree), shapes, strict=True
+        )
+        if np.shape(leaf) != shape or not jnp.issubdtype(dtype_of(leaf), family)
     ]
 
 
-def _structure_mismatches(
-    name: str, tree: optax.Updates, slots: optax.Params
-) -> list[str]:
-    # Slow to import, and only errors need it.
-    from jax.experimental.sparse import JAXSparse
-
-    def is_sparse(node: Any) -> bool:
-        return isinstance(node, JAXSparse | RowSlices)
-
-    leaves = jax.tree.leaves_with_path(tree, is_leaf=is_sparse)
-    given = {keystr(path): leaf for path, leaf in leaves}
-    expected = {keystr(path): None for path, _ in jax.tree.leaves_with_path(slots)}
-    missing = [f"{name}{path} is missing." for path in expected if path not in given]
-    unknown = [f"{name}{path} is unexpected." for path in given if path not in expected]
-    sparse = [
-        f"{name}{path} is {type(leaf).__name__}: wrap the optimizer in lazy_rows."
-        if isinstance(leaf, RowSlices)
-        else f"{name}{path} is a sparse {type(leaf).__name__}: give its todense()."
-        for path, leaf in given.items()
-        if is_sparse(leaf)
+def _structure_mismatches(name: str, tree: Any, reference: Any) -> list[str]:
+    expected: Any = jax.tree.structure(reference)
+    paths = [keystr(path) for path, _ in jax.tree.leaves_with_path(reference)]
+    try:
+        nodes = dict(zip(paths, expected.flatten_up_to(tree), strict=True))
+    except ValueError:  # it differs above the leaves
+        nodes = {keystr(path): x for path, x in jax.tree.leaves_with_path(tree)}
+    missing = [f"{name}{path} is missing." for path in paths if nodes.get(path) is None]
+    unknown = [f"{name}{path} is unexpected." for path in nodes if path not in paths]
+    other = [
+        f"{name}{path}: expected an array, got {type(node).__name__}. For RowSlices, "
+        "wrap the optimizer in lazy_rows; convert JAX's sparse arrays with todense()."
+        for path, node in nodes.items()
+        if node is not None and not is_leaf(node)
     ]
-    other_nodes = (
-        f"{name} has the structure {jax.tree.structure(tree)}, but the state was made "
-        f"for {jax.tree.structure(slots)}."
+    structures = (
+        f"{name}: expected the structure {expected}, got {jax.tree.structure(tree)}."
     )
-    return missing + unknown + sparse or [other_nodes]
-
-
-def is_leaf(tree: Any) -> bool:
-    return jax.tree_util.all_leaves([tree])
+    return missing + unknown + other or [structures]
 
 
 def check_scalar(name: str, value: ArrayLike) -> None:
+    """Accepts a real scalar that is finite, as far as that is known."""
     dtype = dtype_of(value)
     real = jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
     if not real or np.shape(value) != ():
-        raise ValueError(f"{name} must be a real scalar, but it is {_describe(value)}.")
+        raise ValueError(f"{name} must be a real scalar, but it is {describe(value)}.")
     number = concrete(value)
     if number is not None and not math.isfinite(number):
         raise ValueError(f"{name} must be a finite number, but it is {value}.")
-
-
-def concrete(value: ArrayLike) -> float | None:
-    return None if isinstance(value, jax.core.Tracer) else float(np.asarray(value))
-
-
-def _describe(leaf: Any) -> str:
-    if hasattr(leaf, "dtype"):
-        return f"an array of dtype {leaf.dtype} and shape {np.shape(leaf)}"
-    return f"{leaf!r}"
 
 
 def _raise_listed(summary: str, problems: list[str]) -> None:

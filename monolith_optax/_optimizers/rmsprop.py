@@ -1,15 +1,18 @@
 """RMSprop as Monolith has it: the learning rate is inside the momentum."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from monolith_optax._optimizers import base, checks
+from monolith_optax._optimizers.base import from_rule
+from monolith_optax._optimizers.weight_decay import Mask, WeightDecay
+from monolith_optax._public import public
 
 
+@public("monolith_optax")
 class RmspropState(NamedTuple):
     """The state of `rmsprop`.
 
@@ -32,9 +35,9 @@ def rmsprop(
     beta2: ArrayLike = 0.999,
     epsilon: ArrayLike = 1e-8,
     weight_decay: ArrayLike = 0.0,
-    use_v2: bool = False,
     *,
-    weight_decay_mask: checks.Mask = None,
+    use_v2: bool = False,
+    weight_decay_mask: Mask = None,
     slot_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Monolith's RMSprop optimizer.
@@ -57,14 +60,14 @@ def rmsprop(
         + \text{learning\_rate} \cdot g / (\sqrt{v} + \text{epsilon}) \\
       w &\leftarrow w - m
 
-    The learning rate is inside `m`, so a schedule changes what later steps carry. The
-    first version is `optax.rmsprop(learning_rate, decay=beta2, eps=epsilon,
-    momentum=beta1)` after `optax.add_decayed_weights(weight_decay)`, with the sign of
-    `m` turned; the second has no twin in optax.
+    The learning rate is inside `m`, so a schedule also affects later steps. The first
+    version is `optax.rmsprop(learning_rate, decay=beta2, eps=epsilon, momentum=beta1)`
+    after `optax.add_decayed_weights(weight_decay)`, with the sign of `m` flipped.
+    Nothing in optax matches the second.
 
-    Arithmetic is in float32, or in the slot's dtype where that is wider. Updates come
-    back in the dtype of the parameter, or in the gradient's where `update` is given no
-    params, and slots in their own.
+    Arithmetic is in float32, or in the slot's dtype if that is wider. Updates have the
+    dtype of the parameter, or of the gradient if `update` is given no params. Slots
+    keep their dtype.
 
     Args:
       learning_rate: a number, a scalar array, or a schedule, which is given the count
@@ -74,9 +77,9 @@ def rmsprop(
       epsilon: keeps the denominator from zero; not negative.
       weight_decay: coupled weight decay (L2), not negative. Unless it is the number 0,
         `update` needs params.
-      use_v2: whether `v` is a sum, and epsilon added to the root instead of under it.
-      weight_decay_mask: a tree of bools that is a prefix of the parameters, or a
-        function from params to one: where weight decay applies. None: everywhere.
+      use_v2: whether `v` is a sum, and epsilon is added outside the root, not inside.
+      weight_decay_mask: where weight decay applies: a tree of bools that is a prefix
+        of the parameters, or a function from params to such a tree. None: everywhere.
       slot_dtype: the dtype of the slots. None: float32, and float64 for float64
         parameters.
 
@@ -111,47 +114,32 @@ def rmsprop(
       and the kernel `ResourceApplyRmsprop` of `Monolith
       <https://github.com/bytedance/monolith>`_.
     """
-    checks.check_learning_rate(learning_rate)
-    checks.check_hyperparameter("beta1", beta1, high=1)
-    checks.check_hyperparameter("beta2", beta2, high=1)
-    checks.check_hyperparameter("epsilon", epsilon)
-    checks.check_hyperparameter("weight_decay", weight_decay)
-    checks.check_weight_decay_mask(weight_decay_mask)
-    checks.check_slot_dtype(slot_dtype)
 
-    def init(params: optax.Params) -> RmspropState:
-        checks.check_params(params)
-        m = base.zeros(params, slot_dtype)
-        v = base.zeros(params, slot_dtype)
-        return RmspropState(jnp.zeros([], jnp.int32), m, v)
+    def rule(
+        g: jax.Array,
+        w: object,
+        slots: RmspropState,
+        *,
+        learning_rate: jax.Array,
+        beta1: jax.Array,
+        beta2: jax.Array,
+        epsilon: jax.Array,
+    ) -> tuple[jax.Array, RmspropState]:
+        del w
+        if use_v2:
+            v = beta2 * slots.v + g * g
+            m = beta1 * slots.m + g * learning_rate / (jnp.sqrt(v) + epsilon)
+        else:
+            v = slots.v + (g * g - slots.v) * (1 - beta2)
+            m = beta1 * slots.m + g * learning_rate * jax.lax.rsqrt(v + epsilon)
+        return -m, slots._replace(m=m, v=v)
 
-    def update(
-        updates: optax.Updates,
-        state: RmspropState,
-        params: optax.Params | None = None,
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, RmspropState]:
-        del extra_args
-        lr = base.learning_rate_at(learning_rate, state.count)
-
-        def rule(g: jax.Array, m: jax.Array, v: jax.Array) -> tuple[jax.Array, ...]:
-            alpha, b1, b2, eps = base.as_dtype(g.dtype, lr, beta1, beta2, epsilon)
-            if use_v2:
-                v = b2 * v + g * g
-                m = b1 * m + g * alpha / (jnp.sqrt(v) + eps)
-            else:
-                v = v + (g * g - v) * (1 - b2)
-                m = b1 * m + g * alpha * jax.lax.rsqrt(v + eps)
-            return -m, m, v
-
-        updates, slots = base.step(
-            rule,
-            updates,
-            {"m": state.m, "v": state.v},
-            params,
-            weight_decay,
-            weight_decay_mask,
-        )
-        return updates, RmspropState(optax.safe_increment(state.count), **slots)
-
-    return optax.GradientTransformationExtraArgs(init, update)
+    return from_rule(
+        rule,
+        RmspropState,
+        learning_rate=learning_rate,
+        fractions={"beta1": beta1, "beta2": beta2},
+        nonnegative={"epsilon": epsilon},
+        weight_decay=WeightDecay(weight_decay, weight_decay_mask),
+        slot_dtype=slot_dtype,
+    )

@@ -5,6 +5,7 @@ import itertools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.tree_util import keystr
@@ -13,7 +14,7 @@ from monolith_optax._rows.constants import ZERO
 from monolith_optax._rows.duplicates import sum_duplicates
 from monolith_optax._rows.jaxprs import trace
 from monolith_optax._rows.program import Runner
-from monolith_optax._rows.slices import RowSlices
+from monolith_optax._rows.slices import RowSlices, is_slices
 from monolith_optax._rows.slots import WHOLE, Leaf, check_kind, owners
 from monolith_optax._rows.tables import Table
 from monolith_optax._rows.values import MixesRowsError, Rows, Value, Whole
@@ -22,7 +23,7 @@ from monolith_optax._rows.values import MixesRowsError, Rows, Value, Whole
 def lazy_rows(
     inner: optax.GradientTransformation,
 ) -> optax.GradientTransformationExtraArgs:
-    """Makes an elementwise optimizer step on the rows of a batch alone.
+    """Makes an optimizer step on only the rows of a batch.
 
     Where the gradient of a table is a `RowSlices`, duplicate ids are summed, the rows
     that they touch are gathered from the table and from every slot of it, the inner
@@ -42,16 +43,18 @@ def lazy_rows(
 
     Args:
       inner: the optimizer: any one that treats each row by itself, as adamom, rmsprop,
-        adam, adamw, adagrad, sgd and lion do, also chained with clipping by the global
-        norm, or inside `optax.partition` or `optax.inject_hyperparams`.
+        adam, adamw, adagrad, sgd and lion do, also with masks, schedules, noise, or
+        clipping by a norm of gradients. Its step is traced on whole tables, and runs on
+        the rows of the batch if each of its operations allows that.
 
     Returns:
       An `optax.GradientTransformationExtraArgs` whose state is the inner one's.
 
     Raises:
-      ValueError: (`update`) the inner optimizer mixes rows or has slots that are not
-        shaped as the table (adafactor, sm3, novograd, LAMB, LARS, Muon), or slices do
-        not fit their table, or params are missing.
+      ValueError: (`update`) an operation of the inner optimizer needs rows that are not
+        in the batch (adafactor, LAMB, LARS, Muon; the error names the operation and its
+        line), or it holds updates back for later steps (MultiSteps, lookahead, SAM), or
+        slices do not fit their table, or params are missing.
 
     Example:
       >>> import jax.numpy as jnp
@@ -81,17 +84,13 @@ def lazy_rows(
         if any(map(is_slices, jax.tree.leaves(updates, is_leaf=is_slices))):
             check_kind(state)
             _check_slices(updates, params)
+            _check_extra_args(extra_args)
             only_arrays = all(map(_is_array, jax.tree.leaves(extra_args)))
             step = jitted if only_arrays else functools.partial(_step, inner)
         result: tuple[Any, Any] = step(updates, state, params, **extra_args)
         return result
 
     return optax.GradientTransformationExtraArgs(inner.init, update)
-
-
-def is_slices(node: Any) -> bool:
-    """Whether a node of a tree is a `RowSlices`."""
-    return isinstance(node, RowSlices)
 
 
 def _is_array(leaf: Any) -> bool:
@@ -143,6 +142,11 @@ def _step(
     given: Any = jax.tree.structure((updates, state), is_leaf=is_slices)
     if jax.tree.structure(shapes) != given:
         raise MixesRowsError("updates or state change their structure")
+    for leaf, after in zip([*weights, *slots], jax.tree.leaves(shapes), strict=True):
+        if leaf.owner is not WHOLE and np.shape(leaf.array) != after.shape:
+            raise MixesRowsError(
+                f"what is {np.shape(leaf.array)} for {leaf.name} becomes {after.shape}"
+            )
     results = runner.run(program, list(itertools.chain(*operands)))
     new_updates, new_slots = results[: len(weights)], results[len(weights) :]
     return (
@@ -160,22 +164,22 @@ def _step(
 def _gradients_and_weights(
     updates: optax.Updates, params: optax.Params
 ) -> tuple[list[Value], list[Leaf]]:
-    gradients: list[Value] = []
-    weights = []
-    for (path, param), gradient in zip(
-        jax.tree.leaves_with_path(params),
-        jax.tree.leaves(updates, is_leaf=is_slices),
-        strict=True,
-    ):
-        name = f"params{keystr(path)}"
-        if is_slices(gradient):
-            summed = sum_duplicates(gradient, len(param))
-            table = Table(name, len(param), summed.ids)
-            gradients.append(Rows(summed.rows, table, ZERO))
-            weights.append(Leaf(param, name, table))
-        else:
-            gradients.append(Whole(gradient))
-            weights.append(Leaf(param, name, WHOLE))
+    given = jax.tree.leaves(updates, is_leaf=is_slices)
+    weights = [
+        Leaf(param, f"params{keystr(path)}", WHOLE)
+        for path, param in jax.tree.leaves_with_path(params)
+    ]
+    tables = [i for i, gradient in enumerate(given) if is_slices(gradient)]
+    summed = sum_duplicates(
+        [given[i].ids for i in tables],
+        [given[i].rows for i in tables],
+        [len(weights[i].array) for i in tables],
+    )
+    gradients: list[Value] = list(map(Whole, given))
+    for i, (ids, rows) in zip(tables, summed, strict=True):
+        table = Table(weights[i].name, len(weights[i].array), ids)
+        gradients[i] = Rows(rows, table, ZERO)
+        weights[i] = weights[i]._replace(owner=table)
     return gradients, weights
 
 
@@ -205,9 +209,17 @@ def _whole_type(value: Value, whole: Any) -> Any:
 
 
 def _update(value: Value, weight: Leaf) -> Any:
-    if weight.owner is not WHOLE:
-        return RowSlices(weight.owner.ids, weight.rows(value))
-    return weight.all(value)
+    table = weight.owner
+    if table is WHOLE:
+        return weight.all(value)
+    # -1 is padding also where nobody knows how many rows there are, as in norms.
+    return RowSlices(jnp.where(table.valid, table.ids, -1), weight.rows(value))
+
+
+def _check_extra_args(extra_args: dict[str, Any]) -> None:
+    for name, value in extra_args.items():
+        if any(map(is_slices, jax.tree.leaves(value, is_leaf=is_slices))):
+            raise MixesRowsError(f"the extra argument {name} holds RowSlices")
 
 
 def _check_slices(updates: optax.Updates, params: optax.Params | None) -> None:

@@ -18,7 +18,6 @@ from jax import lax
 from jax.lax import GatherDimensionNumbers, GatherScatterMode
 
 from monolith_optax._rows.jaxprs import Equation, bind, type_of
-from monolith_optax._rows.slices import wide_ids
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,7 @@ class Lookup:
 
         Those that are not are the ids of other rows; all are if there is None.
         """
-        indices = wide_ids(indices)
+        indices = _wide(indices)
         ids: Any = 0
         for axis in range(self.row_axes):
             ids = ids * self.shape[axis] + self._along(axis, indices)
@@ -156,7 +155,7 @@ class Lookup:
         """Some columns of the rows: the gather again, with rows as they come."""
         batch = len(self.batch)
         columns = range(self.row_axes, len(self.shape))
-        starts = {axis: self._start(axis, wide_ids(indices)) for axis in columns}
+        starts = {axis: self._start(axis, _wide(indices)) for axis in columns}
         axes = [axis for axis, start in starts.items() if start is not None]
         along_batch = [jnp.broadcast_to(starts[axis], self.batch) for axis in axes]
         numbers = GatherDimensionNumbers(
@@ -213,7 +212,7 @@ def indices_of(equation: Equation, operands: Sequence[Any]) -> Any:
     if name == "gather":
         return operands[0]
     if name == "dynamic_slice":
-        return jnp.stack(list(map(wide_ids, operands)))
+        return jnp.stack(list(map(_wide, operands)))
     return np.asarray(_slice_rows(equation), np.int32)[:, None]
 
 
@@ -264,6 +263,12 @@ def _of_gather(equation: Equation, shape: tuple[int, ...]) -> Lookup | str:
         fill,
         rows + 1,
     )
+
+
+def _wide(indices: Any) -> jax.Array:
+    """Indices in a dtype that holds every size."""
+    array: jax.Array = jnp.asarray(indices)
+    return array if array.dtype.itemsize >= 4 else array.astype(jnp.int32)
 
 
 def _default_fill(dtype: Any) -> Any:

@@ -103,10 +103,7 @@ class Leaf(NamedTuple):
             owner = new.table if isinstance(new, Rows) else runner.owner(self.name)
         if not isinstance(owner, Table):
             return self.all(new)
-        rows = self._replace(owner=owner).rows(new)
-        if rows.shape[1:] != np.shape(self.array)[1:]:
-            raise MixesRowsError(f"{self.name} changes its shape")
-        return owner.scatter(self.array, rows)
+        return owner.scatter(self.array, self._replace(owner=owner).rows(new))
 
     def rows(self, value: Value) -> jax.Array:
         """Rows for the table that the leaf belongs to."""

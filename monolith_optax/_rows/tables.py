@@ -32,6 +32,8 @@ class Table:
 
     def gather(self, array: jax.Array) -> jax.Array:
         """The rows of an array that is as long as the table; zeros beyond it."""
+        if self.num_rows == 0:
+            return jnp.zeros((self.batch_size, *jnp.shape(array)[1:]), array.dtype)
         return (
             jnp.asarray(array)
             .at[self.ids]

@@ -1,113 +1,177 @@
-"""The node checker's command line: `python -m monolith_optax.net --help`."""
+"""The node checker's command line: `monolith-net --help`."""
 
 import argparse
 import asyncio
 import contextlib
-import datetime as dt
-import json
+import math
 import os
+import signal
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import NoReturn
 
-from monolith_optax.net._check import check_nodes
+import monolith_optax
+from monolith_optax.net import _output
 from monolith_optax.net._cluster import (
     coordinator_addresses,
     read_addresses,
     tf_config_addresses,
 )
-from monolith_optax.net._probe import NodeStatus
-from monolith_optax.net._report import NodeReport, NodesDownError, Transition
+from monolith_optax.net._report import NodesDownError
+from monolith_optax.net._round import check_nodes
 from monolith_optax.net._watch import wait_for_nodes, watch_nodes
 
-ALL_UP, SOME_DOWN, BAD_USAGE, FAILED, INTERRUPTED = 0, 1, 2, 3, 130
+ALL_UP, SOME_DOWN, BAD_USAGE, FAILED, INTERRUPTED, TERMINATED = 0, 1, 2, 3, 130, 143
+EXIT_STATUS = (
+    "Exit status: 0 all nodes are up, 1 some are down, 2 bad usage, 3 the checker "
+    "itself failed, 130 interrupted, 143 terminated."
+)
+
+
+def program() -> NoReturn:
+    """Runs the command line as a program."""
+    # Process 1 of a container ignores every signal that it has no handler for.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
+    if sys.stdout is not None:  # it is None if it was closed
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    sys.exit(main())
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit status."""
     parser = _parser()
-    args = parser.parse_args(argv)
     try:
-        addresses = _addresses(args)
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
-    if not addresses:
-        parser.error("no addresses: give ADDR, --file, --tf-config or --coordinator")
-    command = _watch if args.command == "watch" else _check
-    try:
-        return asyncio.run(command(addresses, args))
-    except ValueError as error:  # an option out of its range
-        parser.error(str(error))
-    except BrokenPipeError:
-        # Nobody reads on: end quietly, also when Python flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return FAILED
+        args = parser.parse_args(argv)
+        try:
+            addresses = _addresses(args)
+        except (OSError, ValueError) as error:
+            parser.error(str(error))
+        command = _watch if args.command == "watch" else _check
+        status = asyncio.run(command(addresses, args))
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except OSError as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
+        if not isinstance(error, BrokenPipeError):  # nobody reads the output
+            print(f"{parser.prog}: {error}", file=sys.stderr)
+        _discard_output()
+        return FAILED
+    except Exception:
+        # Python's own status for this, 1, would say that nodes are down.
+        traceback.print_exc()
         return FAILED
     except KeyboardInterrupt:
         return INTERRUPTED
+    return status
+
+
+def _discard_output() -> None:
+    """What could not be written would fail again when Python flushes it at exit."""
+    with contextlib.suppress(OSError):  # not a file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     where = common.add_argument_group("addresses, from all of these together")
     where.add_argument("addresses", metavar="ADDR", nargs="*", help="host:port")
-    where.add_argument("--file", help="a file with one address a line; - is stdin")
     where.add_argument(
-        "--tf-config", action="store_true", help="the cluster in $TF_CONFIG"
+        "--file", help="a file with one address on each line; - is standard input"
     )
     where.add_argument(
-        "--roles", metavar="ROLE,...", help="its roles; default: chief,ps,worker"
+        "--tf-config",
+        action="store_true",
+        help="all nodes of the cluster in $TF_CONFIG",
+    )
+    where.add_argument(
+        "--roles", metavar="ROLE,...", help="only the nodes with these roles"
     )
     where.add_argument(
         "--coordinator", action="store_true", help="$JAX_COORDINATOR_ADDRESS"
     )
     common.add_argument(
         "--timeout",
-        type=float,
+        type=_seconds,
         default=1.0,
         metavar="SECONDS",
-        help="for each probe (default: 1)",
+        help="how long a probe may take (default: 1)",
     )
     common.add_argument(
-        "--json", action="store_true", help="print a JSON object a line"
+        "--json", action="store_true", help="print one JSON object on each line"
     )
 
     parser = argparse.ArgumentParser(
-        prog="python -m monolith_optax.net",
-        description="Tells which nodes of a cluster are up, and why others are not.",
-        epilog="Exit status: 0 all are up, 1 some are down, 2 bad usage, 3 failure.",
+        prog="monolith-net",
+        description="Says which nodes of a cluster are up, and why the others are not.",
+        epilog=EXIT_STATUS,
+    )
+    parser.add_argument(
+        "--version",
+        action="version",
+        version=f"monolith_optax {monolith_optax.__version__}",
     )
     commands = parser.add_subparsers(dest="command", required=True)
     check = commands.add_parser(
-        "check", parents=[common], help="probe every node", epilog=parser.epilog
+        "check", parents=[common], help="probe every node", epilog=EXIT_STATUS
     )
     check.add_argument(
         "--wait",
-        type=float,
+        type=_seconds,
         metavar="SECONDS",
-        help="until all are up, so long at most",
+        help="probe until all nodes are up, but no longer than this",
+    )
+    check.add_argument(
+        "--quiet", action="store_true", help="print nothing: the exit status tells"
     )
     watch = commands.add_parser(
-        "watch", parents=[common], help="tell when a node goes up or down"
+        "watch",
+        parents=[common],
+        help="say when a node goes up or down",
+        epilog=EXIT_STATUS,
     )
-    watch.add_argument("--interval", type=float, default=5.0, metavar="SECONDS")
-    watch.add_argument("--failure-threshold", type=int, default=3, metavar="N")
-    watch.add_argument("--success-threshold", type=int, default=1, metavar="N")
+    watch.add_argument(
+        "--interval",
+        type=_seconds,
+        default=5.0,
+        metavar="SECONDS",
+        help="from one round of probes to the next (default: 5)",
+    )
+    watch.add_argument(
+        "--failure-threshold",
+        type=_count,
+        default=3,
+        metavar="N",
+        help="a node is down after N failed probes in a row (default: 3)",
+    )
+    watch.add_argument(
+        "--success-threshold",
+        type=_count,
+        default=1,
+        metavar="N",
+        help="a node is up after N successful probes in a row (default: 1)",
+    )
     return parser
+
+
+def _seconds(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 < (seconds := float(text)) < math.inf:
+            return seconds
+    raise argparse.ArgumentTypeError(f"{text!r} must be a positive number of seconds")
+
+
+def _count(text: str) -> int:
+    with contextlib.suppress(ValueError):
+        if (count := int(text)) >= 1:
+            return count
+    raise argparse.ArgumentTypeError(f"{text!r} must be a whole number, at least 1")
 
 
 def _addresses(args: argparse.Namespace) -> list[str]:
     addresses = list(args.addresses)
     if args.file:
-        path = "/dev/stdin" if args.file == "-" else args.file
-        try:
-            text = Path(path).read_text(encoding="utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is no text in UTF-8: {error}") from error
-        addresses += read_addresses(text.splitlines())
+        addresses += read_addresses(_text_of(args.file).splitlines())
     if args.roles and not args.tf_config:
         raise ValueError("--roles chooses from --tf-config, which is not given.")
     if args.tf_config:
@@ -115,27 +179,42 @@ def _addresses(args: argparse.Namespace) -> list[str]:
         addresses += tf_config_addresses(roles=roles)
     if args.coordinator:
         addresses += coordinator_addresses()
+    if not addresses:
+        raise ValueError(
+            "no addresses: give ADDR, --file, --tf-config or --coordinator"
+        )
     return addresses
+
+
+def _text_of(file: str) -> str:
+    # Standard input may be a socket, which has no name that could be opened.
+    with (
+        os.fdopen(0, "rb", closefd=False) if file == "-" else Path(file).open("rb")
+    ) as opened:
+        content = opened.read()
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} must be text in UTF-8: {error}") from error
 
 
 async def _check(addresses: list[str], args: argparse.Namespace) -> int:
     if args.wait is None:
         report = await check_nodes(addresses, timeout=args.timeout)
     else:
-        try:
-            report = await wait_for_nodes(
-                addresses,
-                deadline=args.wait,
-                timeout=args.timeout,
-                on_progress=_show_progress,
-            )
-        except NodesDownError as error:
-            report = error.report
-    if args.json:
-        for status in report.results:
-            _print_json(_as_json(status))
-    else:
-        _print_table(report)
+        with contextlib.ExitStack() as stack:
+            show = None if args.quiet else stack.enter_context(_output.progress())
+            try:
+                report = await wait_for_nodes(
+                    addresses,
+                    deadline=args.wait,
+                    timeout=args.timeout,
+                    on_progress=show,
+                )
+            except NodesDownError as error:
+                report = error.report
+    if not args.quiet:
+        _output.print_report(report, as_json=args.json)
     return ALL_UP if report.all_alive else SOME_DOWN
 
 
@@ -149,49 +228,9 @@ async def _watch(addresses: list[str], args: argparse.Namespace) -> int:
     )
     async with contextlib.aclosing(transitions):
         async for transition in transitions:
-            _print_transition(transition, as_json=args.json)
+            _output.print_transition(transition, as_json=args.json)
     return ALL_UP
 
 
-def _show_progress(report: NodeReport) -> None:
-    if not report.all_alive:
-        print(str(report).partition("\n")[0], file=sys.stderr)
-
-
-def _print_table(report: NodeReport) -> None:
-    width = max(len(status.address) for status in report.results)
-    for status in report.results:
-        state = "up" if status.alive else "DOWN"
-        detail = status.reason and f"{status.reason}: {status.message}"
-        line = f"{status.address:{width}}  {state:4}  {status.latency * 1e3:8.1f} ms"
-        print(f"{line}  {detail}" if detail else line)
-    print(f"{len(report.alive)} of {len(report.results)} nodes are up")
-
-
-def _print_transition(transition: Transition, *, as_json: bool) -> None:
-    now = dt.datetime.now().astimezone().isoformat(timespec="milliseconds")
-    if as_json:
-        _print_json({"time": now} | _as_json(transition.status))
-    else:
-        status = transition.status
-        detail = f"  {status.reason}: {status.message}" if status.reason else ""
-        state = "up" if transition.alive else "DOWN"
-        print(f"{now}  {transition.address}  {state}{detail}", flush=True)
-
-
-def _as_json(status: NodeStatus) -> dict[str, Any]:
-    return {
-        "address": status.address,
-        "alive": status.alive,
-        "latency": round(status.latency, 6),
-        "reason": status.reason,
-        "message": status.message,
-    }
-
-
-def _print_json(value: dict[str, Any]) -> None:
-    print(json.dumps(value), flush=True)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    program()

@@ -45,10 +45,10 @@ def concat_ip_and_port(ip: str, port: int) -> str:
 
 
 def get_local_ip() -> str:
-    """The first IP address that this machine's own name stands for.
+    """The first IP address of this machine's own host name.
 
     Raises:
-      OSError: the name stands for none.
+      OSError: the name has no address.
     """
     name = socket.gethostname()
     try:
@@ -58,7 +58,7 @@ def get_local_ip() -> str:
 
 
 def is_ipv4_supported() -> bool:
-    """Whether this machine's own name stands for an IPv4 address first."""
+    """Whether the first IP address of this machine's own host name is IPv4."""
     return not is_ipv6_address(get_local_ip())
 
 
@@ -70,14 +70,14 @@ def get_local_server_addr(port: int) -> str:
 def parse_address(text: Any) -> Address:
     """Splits `host:port`, `[v6]:port`, `v6:port` or `[v6%scope]:port`.
 
-    The last colon splits. The host may be a name, an IPv4 address, also a short one
-    such as `127.1`, or an IPv6 address. Brackets may surround any IP address.
+    The port follows the last colon. The host may be a name, an IPv4 address (also a
+    short one such as `127.1`) or an IPv6 address. Any IP address may be in brackets.
 
     Args:
-      text: the address; anything but a string is refused.
+      text: the address. Anything that is not a string is refused.
 
     Raises:
-      ValueError: the address is not of that form.
+      ValueError: text is not of that form.
 
     Example:
       >>> parse_address("[fe80::1%eth0]:8476")
@@ -111,8 +111,10 @@ def _is_ip(host: str) -> bool:
 
 def _is_name(host: str) -> bool:
     """Whether `host` could be a host name or an IPv4 address in any notation."""
+    if not re.fullmatch(r"[\w.-]{1,253}", host):
+        return False
     try:
         host.encode("idna")  # refuses empty labels and labels that are too long
     except UnicodeError:
         return False
-    return re.fullmatch(r"[\w.-]{1,253}", host) is not None
+    return True

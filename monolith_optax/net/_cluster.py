@@ -4,8 +4,6 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 
-ROLES = ("chief", "ps", "worker")
-
 
 def tf_config_addresses(
     tf_config: str | None = None, *, roles: Sequence[str] | None = None
@@ -15,32 +13,39 @@ def tf_config_addresses(
     Args:
       tf_config: the JSON text. None: that of the environment variable `TF_CONFIG`.
       roles: the roles to take, in this order; each must be in the description. None:
-        chief, ps and worker, as far as they are there.
+        all of them, in the description's order.
 
     Raises:
+      TypeError: roles is a string.
       ValueError: the description is missing or malformed, or lacks a role.
 
     Example:
       >>> tf_config_addresses('{"cluster": {"ps": ["a:1"], "worker": ["b:1", "c:1"]}}')
       ['a:1', 'b:1', 'c:1']
     """
+    if isinstance(roles, str):
+        raise TypeError(f"roles must be a list such as ['ps'], but it is {roles!r}.")
     if tf_config is None and not (tf_config := os.environ.get("TF_CONFIG")):
         raise ValueError("The environment variable TF_CONFIG is not set.")
     try:
         cluster = json.loads(tf_config)["cluster"]
         nodes = {role: _list_of_strings(found) for role, found in cluster.items()}
-    except (ValueError, TypeError, LookupError, AttributeError) as error:
+    except (
+        ValueError,
+        TypeError,
+        LookupError,
+        AttributeError,
+        RecursionError,  # thousands of brackets
+    ) as error:
         raise ValueError(
             'TF_CONFIG must be JSON such as {"cluster": {"worker": ["host:2222"]}}, '
             f"but it is {tf_config!r}."
         ) from error
-    if isinstance(roles, str):
-        raise ValueError(f"roles must be a list such as ['ps'], but it is {roles!r}.")
     if roles is None:
-        roles = [role for role in ROLES if role in nodes]
+        roles = list(nodes)
     if missing := [role for role in roles if role not in nodes]:
         raise ValueError(
-            f"TF_CONFIG has the roles {', '.join(nodes)}, but not {', '.join(missing)}."
+            f"roles must be among TF_CONFIG's {list(nodes)}, but {missing} are not."
         )
     return [address for role in roles for address in nodes[role]]
 
@@ -67,7 +72,7 @@ def coordinator_addresses(address: str | None = None) -> list[str]:
 
 
 def read_addresses(lines: Iterable[str]) -> list[str]:
-    """The addresses in a text with one a line, without blanks and # comments.
+    """The addresses in a text with one on each line; blanks and # comments are skipped.
 
     Args:
       lines: an open file, or any lines of text.

@@ -3,8 +3,8 @@
 from collections.abc import Callable
 
 from monolith_optax.net._address import parse_address
-from monolith_optax.net._check import check_positive
-from monolith_optax.net._checker import run_to_end
+from monolith_optax.net._arguments import check_positive
+from monolith_optax.net._blocking import run_to_end
 from monolith_optax.net._cluster import coordinator_addresses
 from monolith_optax.net._report import NodeReport, NodesDownError
 from monolith_optax.net._watch import wait_for_nodes
@@ -21,11 +21,11 @@ def wait_for_coordinator(
     """Waits until the coordinator of a JAX cluster can be reached.
 
     Call it before `jax.distributed.initialize`, which would wait without a word and
-    then end the whole process. The coordinator is process 0 and comes up inside of
-    that call, so process 0 itself waits for nobody and returns at once.
+    then end the whole process. The coordinator is process 0 and starts inside that
+    call, so process 0 itself waits for nobody and returns at once.
 
-    It works with and without an event loop that is already running, and blocks; in
-    asynchronous code, await `wait_for_nodes([address], deadline=...)` instead.
+    It blocks, also where an event loop is already running. In asynchronous code, await
+    `wait_for_nodes([address], deadline=...)` instead.
 
     Args:
       address: what `jax.distributed.initialize` is given as `coordinator_address`.

@@ -3,10 +3,11 @@
 from dataclasses import dataclass
 from typing import Any
 
-from monolith_optax.net._probe import NodeStatus, Reason
+from monolith_optax.net._probe import NodeStatus
+from monolith_optax.net._reason import Reason
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class NodeReport:
     """What a check found, for each distinct address in the order given.
 
@@ -23,12 +24,12 @@ class NodeReport:
 
     @property
     def dead(self) -> list[Any]:
-        """All other addresses; those in `local_faults` may be up nevertheless."""
+        """All other addresses; those in `local_faults` may still be up."""
         return [status.address for status in self.results if not status.alive]
 
     @property
     def local_faults(self) -> list[Any]:
-        """The addresses that trouble on this machine kept from being checked."""
+        """The addresses that trouble on this machine prevented us from checking."""
         return [
             status.address
             for status in self.results
@@ -37,7 +38,7 @@ class NodeReport:
 
     @property
     def all_alive(self) -> bool:
-        """Whether every node is up; so is an empty list."""
+        """Whether every node is up; True if there are none."""
         return all(status.alive for status in self.results)
 
     def __getitem__(self, address: Any) -> NodeStatus:
@@ -51,6 +52,10 @@ class NodeReport:
                 return status
         raise KeyError(address)
 
+    def __repr__(self) -> str:
+        """Short: `asyncio.run` makes one of every result, and nodes may be many."""
+        return f"<NodeReport: {self._count()}>"
+
     def __str__(self) -> str:
         """How many nodes are up, and a line for each that is not."""
         down = [
@@ -58,7 +63,10 @@ class NodeReport:
             for status in self.results
             if not status.alive
         ]
-        return f"{len(self.alive)} of {len(self.results)} nodes are up" + "".join(down)
+        return self._count() + "".join(down)
+
+    def _count(self) -> str:
+        return f"{len(self.alive)} of {len(self.results)} nodes are up"
 
 
 class NodesDownError(TimeoutError):

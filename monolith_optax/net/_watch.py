@@ -1,23 +1,25 @@
-"""Many probes again and again: until all nodes are up, or as long as one watches."""
+"""Rounds of probes: until all nodes are up, or for as long as somebody watches."""
 
 import asyncio
 import random
-from collections.abc import AsyncGenerator, Callable, Collection, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable
 from typing import Any
 
-from monolith_optax.net._check import (
+from monolith_optax.net._arguments import (
+    check_at_least_one,
     check_bound,
     check_positive,
-    connecting,
-    distinct,
-    probe_all,
+    targets_of,
 )
-from monolith_optax.net._probe import Connector, NodeStatus, Reason
+from monolith_optax.net._connect import Connector
+from monolith_optax.net._probe import NodeStatus
+from monolith_optax.net._reason import Reason
 from monolith_optax.net._report import NodeReport, NodesDownError, Transition
+from monolith_optax.net._round import own_or, probe_all
 
 # Seconds between rounds of wait_for_nodes, doubling from the first to the last.
 FIRST_PAUSE, LAST_PAUSE = 0.1, 5.0
-# With less than so many seconds left, wait_for_nodes begins no other round.
+# Seconds: with less than this left, wait_for_nodes starts no other round.
 LEAST_ROUND = 0.05
 
 
@@ -38,7 +40,7 @@ async def wait_for_nodes(
       addrs: the addresses, see `parse_address`.
       deadline: seconds after which to give up.
       timeout: seconds that each probe may take; name lookup counts.
-      max_concurrency: how many probes may run at a time. None: as many as the limit of
+      max_concurrency: how many probes may run at a time. None: as many as the limit on
         open files allows.
       on_progress: called with a report on all nodes after every round.
       connector: a stand-in for `TcpConnector`.
@@ -57,14 +59,14 @@ async def wait_for_nodes(
       >>> asyncio.run(wait_for_nodes([], deadline=60.0)).all_alive
       True
     """
-    addresses = distinct(addrs)
+    targets = targets_of(addrs)
     check_positive(deadline=deadline, timeout=timeout)
-    check_bound("max_concurrency", max_concurrency)
+    check_bound(max_concurrency=max_concurrency)
     clock = asyncio.get_running_loop().time
     end = clock() + deadline
     latest: dict[Any, NodeStatus] = {}
-    pending: Collection[Any] = addresses
-    async with connecting(connector) as connect:
+    pending = targets
+    async with own_or(connector) as connect:
         pause = FIRST_PAUSE
         while True:
             report = await probe_all(pending, timeout, max_concurrency, connect, end)
@@ -73,14 +75,14 @@ async def wait_for_nodes(
                 cut_short = status.reason is Reason.TIMEOUT and clock() >= end
                 if not (cut_short and status.address in latest):
                     latest[status.address] = status
-            report = NodeReport(tuple(latest[address] for address in addresses))
+            report = NodeReport(tuple(latest[target.given] for target in targets))
             if on_progress is not None:
                 on_progress(report)
             if report.all_alive:
                 return report
             pending = [
-                status.address
-                for status in report.results
+                target
+                for target, status in zip(targets, report.results, strict=True)
                 if not status.alive and status.reason is not Reason.INVALID_ADDRESS
             ]
             remaining = end - clock()
@@ -114,7 +116,7 @@ def watch_nodes(
       failure_threshold: how many probes in a row must fail before a node is down.
       success_threshold: how many probes in a row must succeed before a node is up.
       timeout: seconds that each probe may take; name lookup counts.
-      max_concurrency: how many probes may run at a time. None: as many as the limit of
+      max_concurrency: how many probes may run at a time. None: as many as the limit on
         open files allows.
       connector: a stand-in for `TcpConnector`.
 
@@ -136,24 +138,22 @@ def watch_nodes(
       >>> asyncio.run(first_transition())
       ('no port', False)
     """
-    addresses = distinct(addrs)
+    targets = targets_of(addrs)
     check_positive(interval=interval, timeout=timeout)
-    check_bound("max_concurrency", max_concurrency)
+    check_bound(max_concurrency=max_concurrency)
+    check_at_least_one(
+        failure_threshold=failure_threshold, success_threshold=success_threshold
+    )
     thresholds = {True: success_threshold, False: failure_threshold}
-    if min(thresholds.values()) < 1:
-        raise ValueError(
-            "failure_threshold and success_threshold must be at least 1, but they are "
-            f"{failure_threshold} and {success_threshold}."
-        )
 
     async def watch() -> AsyncGenerator[Transition, None]:
         clock = asyncio.get_running_loop().time
         known: dict[Any, bool] = {}
         streaks: dict[Any, tuple[bool, int]] = {}
-        async with connecting(connector) as connect:
+        async with own_or(connector) as connect:
             while True:
                 start = clock()
-                report = await probe_all(addresses, timeout, max_concurrency, connect)
+                report = await probe_all(targets, timeout, max_concurrency, connect)
                 for status in report.results:
                     if status.reason is Reason.LOCAL_FAULT:
                         continue

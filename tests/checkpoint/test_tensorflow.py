@@ -133,7 +133,7 @@ def test_show():
         name: "slot" if "Adamom" in name else "variable" for name in truth("adamom", 6)
     }
     missing = run("show", "nowhere")
-    assert missing.returncode == 1
+    assert missing.returncode == 3
     assert missing.stderr == (
         "error: There is no file nowhere.index. The prefix of a checkpoint ends before "
         "'.index', as in 'model/model.ckpt-6'.\n"
@@ -147,7 +147,7 @@ def test_convert_there_and_back(tmp_path):
         assert converted.returncode == 0, converted.stderr
     assert_same(read_tensorflow(back), truth("adamom", 6))
     again = run("convert", prefix("adamom"), there)
-    assert again.returncode == 1
-    assert "exists already" in again.stderr
+    assert again.returncode == 3
+    assert "already exists" in again.stderr
     folder = run("convert", FOLDER / "adamom", tmp_path / "other")
     assert "give a prefix, such as" in folder.stderr

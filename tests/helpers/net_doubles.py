@@ -2,8 +2,10 @@
 
 import asyncio
 import errno
+import math
 import os
 import selectors
+import socket
 from typing import NamedTuple
 
 
@@ -18,22 +20,24 @@ class _JumpingSelector(selectors.DefaultSelector):
         events = super().select(0)
         if not events:
             assert timeout is not None, "everything waits for nothing"
-            self.clock.now += max(timeout, 0)
+            self.clock.now += timeout + self.clock.lateness if timeout > 0 else 0
         return events
 
 
 class VirtualLoop(asyncio.SelectorEventLoop):
-    def __init__(self):
-        self.now = 0.0
+    """`lateness`: seconds by which every wait lasts too long, as on a busy machine."""
+
+    def __init__(self, lateness):
+        self.now, self.lateness = 0.0, lateness
         super().__init__(_JumpingSelector(self))
 
     def time(self):
         return self.now
 
 
-def run_virtually(coroutine):
+def run_virtually(coroutine, lateness=0.0):
     """Runs a coroutine on a virtual clock; returns its result and the seconds."""
-    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
+    with asyncio.Runner(loop_factory=lambda: VirtualLoop(lateness)) as runner:
         result = runner.run(coroutine)
         return result, runner.get_loop().time()
 
@@ -84,6 +88,52 @@ class Nodes:
                 raise OSError(behaviour, os.strerror(behaviour))
             case Exception():
                 raise behaviour
+
+
+class Addresses:
+    """A name of made-up IP addresses: a stand-in for `_connect.attempt` and a lookup.
+
+    Each address has a behaviour, as those of `Nodes`.
+    """
+
+    def __init__(self, behaviours, lookup_seconds=0.0):
+        self.behaviours = behaviours
+        self.lookup_seconds = lookup_seconds
+        self.attempts = []  # (socket address, time) of each
+        self.running = 0
+        self.most_running = 0
+
+    async def lookup(self, _):
+        await asyncio.sleep(self.lookup_seconds)
+        return [
+            (socket.AF_INET6, (ip, 9, 0, 0)) if ":" in ip else (socket.AF_INET, (ip, 9))
+            for ip in self.behaviours
+        ]
+
+    def attempt(self, address, timeout=math.inf):
+        assert timeout == math.inf
+        loop = asyncio.get_running_loop()
+        outcome = loop.create_future()
+        outcome.add_done_callback(self.end)
+        self.attempts.append((address[1], loop.time()))
+        self.running += 1
+        self.most_running = max(self.most_running, self.running)
+
+        def settle(error=None):
+            if not outcome.done():
+                outcome.set_result(error)
+
+        match self.behaviours[address[1][0]]:
+            case float(seconds):
+                loop.call_later(seconds, settle)
+            case Late(seconds, number):
+                loop.call_later(seconds, settle, OSError(number, os.strerror(number)))
+            case int(number):
+                settle(OSError(number, os.strerror(number)))
+        return outcome
+
+    def end(self, _):
+        self.running -= 1
 
 
 REFUSED = errno.ECONNREFUSED

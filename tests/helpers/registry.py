@@ -1,5 +1,6 @@
-"""Every public optimizer with its variants; the contract suite runs over all rows."""
+"""Every public optimizer with its variants. All contracts run over these rows."""
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -7,27 +8,208 @@ from typing import Any
 import optax
 
 import monolith_optax
+from monolith_optax import adamom, embedding, rmsprop
+
+
+@dataclass(frozen=True)
+class Row:
+    """An optimizer and what the contracts must know of it.
+
+    Attributes:
+      optimizer: the function.
+      fractions: its hyperparameters in [0, 1].
+      nonnegative: those that are at least 0.
+      learning_rate: one with which it solves toy problems. None: it takes none.
+      by_row: whether its rule looks at whole rows, not at each entry by itself.
+      needs_params: whether `update` needs params, also without weight decay.
+      descends: whether it minimises, and so stays where the gradient is 0.
+      variants: options that change its program, by a name.
+    """
+
+    optimizer: Callable[..., optax.GradientTransformationExtraArgs]
+    fractions: tuple[str, ...] = ()
+    nonnegative: tuple[str, ...] = ()
+    learning_rate: float | None = 1e-2
+    by_row: bool = False
+    needs_params: bool = False
+    descends: bool = True
+    variants: dict[str, dict[str, Any]] = field(default_factory=lambda: {"": {}})
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether it is for dense variables, and not for embedding tables."""
+        return self.optimizer.__name__ in monolith_optax.__all__
+
+
+ROWS = {
+    "adamom": Row(
+        adamom,
+        fractions=("ada_decay", "mom_decay"),
+        nonnegative=("epsilon", "weight_decay"),
+        variants={
+            "": {},
+            "v2_decay": {"use_v2": True, "weight_decay": 1e-4},
+            "compact_c": {"compact_c": True},
+        },
+    ),
+    "rmsprop": Row(
+        rmsprop,
+        fractions=("beta1", "beta2"),
+        nonnegative=("epsilon", "weight_decay"),
+        variants={
+            "": {"beta1": 0.9, "learning_rate": 1e-3},
+            "v2_decay": {"use_v2": True, "beta1": 0.9, "weight_decay": 1e-4},
+        },
+    ),
+    "adagrad": Row(
+        embedding.adagrad,
+        nonnegative=("initial_accumulator_value", "weight_decay_factor"),
+        learning_rate=0.5,
+        variants={
+            "": {},
+            "bugs": {"bug_compatible": True, "weight_decay_factor": 1e-4},
+        },
+    ),
+    "adadelta": Row(
+        embedding.adadelta,
+        fractions=("averaging_ratio",),
+        nonnegative=("epsilon", "weight_decay_factor"),
+        learning_rate=1.0,
+    ),
+    "adam": Row(
+        embedding.adam,
+        fractions=("beta1", "beta2"),
+        nonnegative=("epsilon", "weight_decay_factor"),
+    ),
+    "amsgrad": Row(
+        embedding.amsgrad,
+        fractions=("beta1", "beta2"),
+        nonnegative=("epsilon", "weight_decay_factor"),
+        variants={"": {"use_nesterov": True, "weight_decay_factor": 1e-4}},
+    ),
+    "batch_softmax": Row(
+        embedding.batch_softmax,
+        by_row=True,
+        needs_params=True,
+        descends=False,
+    ),
+    "ftrl": Row(
+        embedding.ftrl,
+        nonnegative=(
+            "initial_accumulator_value",
+            "beta",
+            "l1_regularization",
+            "l2_regularization",
+        ),
+        learning_rate=0.5,
+        needs_params=True,
+    ),
+    "group_adagrad": Row(
+        embedding.group_adagrad,
+        nonnegative=(
+            "initial_accumulator_value",
+            "beta",
+            "l2_regularization",
+            "weight_decay_factor",
+        ),
+        learning_rate=0.5,
+        by_row=True,
+        needs_params=True,
+    ),
+    "group_ftrl": Row(
+        embedding.group_ftrl,
+        nonnegative=(
+            "initial_accumulator_value",
+            "beta",
+            "l1_regularization",
+            "l2_regularization",
+        ),
+        learning_rate=0.5,
+        by_row=True,
+        needs_params=True,
+        variants={"": {"l1_regularization": 1e-4}},
+    ),
+    "momentum": Row(
+        embedding.momentum,
+        fractions=("momentum",),
+        nonnegative=("weight_decay_factor",),
+        learning_rate=1e-4,
+        variants={"": {"use_nesterov": True, "weight_decay_factor": 1e-4}},
+    ),
+    "moving_average": Row(
+        embedding.moving_average,
+        fractions=("momentum",),
+        learning_rate=None,
+        needs_params=True,
+        descends=False,
+    ),
+    "rmsprop_tables": Row(
+        embedding.rmsprop,
+        fractions=("momentum",),
+        nonnegative=("weight_decay_factor",),
+    ),
+    "rmspropv2": Row(
+        embedding.rmspropv2,
+        fractions=("momentum",),
+        nonnegative=("weight_decay_factor",),
+    ),
+    "rowwise_adagrad": Row(
+        embedding.rowwise_adagrad,
+        nonnegative=("eps", "weight_decay"),
+        learning_rate=0.5,
+        by_row=True,
+        variants={"": {}, "decay": {"weight_decay": 1e-4}},
+    ),
+    "sgd": Row(embedding.sgd, learning_rate=1e-3),
+}
 
 
 @dataclass(frozen=True)
 class Variant:
-    """An optimizer, the options that make it this variant, and a rate for toys."""
+    """A row with some options."""
 
-    optimizer: Callable[..., optax.GradientTransformationExtraArgs]
-    options: dict[str, Any] = field(default_factory=dict)
-    learning_rate: float = 1e-2
+    row: Row
+    options: dict[str, Any]
 
-    def make(self, **hyperparameters: Any) -> optax.GradientTransformationExtraArgs:
-        return self.optimizer(
-            **{"learning_rate": self.learning_rate} | self.options | hyperparameters
-        )
+    @property
+    def optimizer(self) -> Callable[..., optax.GradientTransformationExtraArgs]:
+        """The function, which takes further options."""
+        return self.row.optimizer
+
+    @property
+    def decay(self) -> str:
+        """The name of its weight decay; empty if it has none."""
+        names = [x for x in self.row.nonnegative if x.startswith("weight_decay")]
+        return names[0] if names else ""
+
+    @property
+    def decays(self) -> bool:
+        """Whether these options have weight decay."""
+        return bool(self.options.get(self.decay))
+
+    @property
+    def no_decay(self) -> dict[str, float]:
+        """Options without weight decay."""
+        return {self.decay: 0.0} if self.decay else {}
+
+    def takes(self, name: str) -> bool:
+        """Whether the optimizer has an argument of that name."""
+        return name in inspect.signature(self.optimizer).parameters
+
+    @property
+    def slots(self) -> tuple[str, ...]:
+        """The names of its slots."""
+        return self.make().init({})._fields[1:]
+
+    def make(self, **options: Any) -> optax.GradientTransformationExtraArgs:
+        """The transformation."""
+        if self.takes("learning_rate"):
+            options = {"learning_rate": self.row.learning_rate} | self.options | options
+        return self.optimizer(**options)
 
 
-DECAY = {"weight_decay": 1e-4}
 VARIANTS = {
-    "adamom": Variant(monolith_optax.adamom),
-    "adamom_v2_decay": Variant(monolith_optax.adamom, {"use_v2": True} | DECAY),
-    "adamom_compact_c": Variant(monolith_optax.adamom, {"compact_c": True}),
-    "rmsprop_decay": Variant(monolith_optax.rmsprop, {"beta1": 0.9} | DECAY, 1e-3),
-    "rmsprop_v2": Variant(monolith_optax.rmsprop, {"use_v2": True, "beta1": 0.9}),
+    f"{name}_{variant}".strip("_"): Variant(row, options)
+    for name, row in ROWS.items()
+    for variant, options in row.variants.items()
 }

@@ -1,28 +1,42 @@
-"""The node checker's command line, as a program."""
+"""The node checker's command line: called in this process, and as a program."""
 
 import json
 import os
+import pty
+import select
 import signal
 import socket
 import subprocess
 import sys
-import time
+import tomllib
+from pathlib import Path
 
 import pytest
+
+import monolith_optax
+from monolith_optax.net import __main__ as command_line
 
 COMMAND = [sys.executable, "-m", "monolith_optax.net"]
 
 
-def run(*arguments, stdin=None, **environment):
-    return subprocess.run(
-        [*COMMAND, *arguments],
-        check=False,
-        capture_output=True,
-        text=True,
-        input=stdin,
-        env=os.environ | environment,
-        timeout=60,
-    )
+@pytest.fixture
+def run(capsys):
+    """Runs the command line; returns its exit status, output and errors."""
+
+    def run(*arguments):
+        try:
+            status = command_line.main([str(argument) for argument in arguments])
+        except SystemExit as exit_:
+            status = exit_.code
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def program(*arguments, **options):
+    """Starts the command line as a program."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen([*COMMAND, *arguments], text=True, **(pipes | options))
 
 
 @pytest.fixture
@@ -38,17 +52,17 @@ def down():
         yield f"127.0.0.1:{bound.getsockname()[1]}"
 
 
-def test_all_up(up):
-    result = run("check", up)
-    assert (result.returncode, result.stderr) == (0, "")
-    assert f"{up}  up" in result.stdout
-    assert result.stdout.endswith("1 of 1 nodes are up\n")
+def test_all_up(run, up):
+    status, output, errors = run("check", up)
+    assert (status, errors) == (0, "")
+    assert f"{up}  up" in output
+    assert output.endswith("1 of 1 nodes are up\n")
 
 
-def test_some_down(up, down):
-    result = run("check", up, down, "no port")
-    assert (result.returncode, result.stderr) == (1, "")
-    lines = result.stdout.splitlines()
+def test_some_down(run, up, down):
+    status, output, errors = run("check", up, down, "no port")
+    assert (status, errors) == (1, "")
+    lines = output.splitlines()
     assert len(lines) == 4
     assert f"{down}  DOWN" in lines[1]
     assert "refused: Connection refused" in lines[1]
@@ -56,27 +70,47 @@ def test_some_down(up, down):
     assert lines[3] == "1 of 3 nodes are up"
 
 
-def test_json_lines(up, down):
-    result = run("check", "--json", up, down)
-    assert result.returncode == 1
-    first, second = map(json.loads, result.stdout.splitlines())
-    assert 0 < first.pop("latency") < 1
+def test_json_lines(run, up, down):
+    status, output, _ = run("check", "--json", up, down)
+    assert status == 1
+    first, second = map(json.loads, output.splitlines())
+    assert first.pop("latency") > 0
     assert first == {"address": up, "alive": True, "reason": None, "message": ""}
     assert (second["address"], second["reason"]) == (down, "refused")
 
 
-def test_addresses_from_everywhere(tmp_path, up, down):
+def test_quiet(run, up, down):
+    assert run("check", "--quiet", up) == (0, "", "")
+    assert run("check", "--quiet", up, down, "--wait", "0.1") == (1, "", "")
+
+
+def test_addresses_from_everywhere(run, monkeypatch, tmp_path, up, down):
     file = tmp_path / "nodes.txt"
     file.write_text(f"# nodes\n{up}\n")
     cluster = {"cluster": {"ps": ["localhost:none"], "worker": [down]}}
-    environment = {"TF_CONFIG": json.dumps(cluster), "JAX_COORDINATOR_ADDRESS": up}
+    monkeypatch.setenv("TF_CONFIG", json.dumps(cluster))
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", up)
     sources = ["--file", file, "--tf-config", "--roles", "worker"]
-    result = run("check", "--json", *sources, **environment)
-    assert [json.loads(x)["address"] for x in result.stdout.splitlines()] == [up, down]
-    result = run(
-        "check", "--coordinator", "--file", "-", stdin=f"{up}\n", **environment
-    )
-    assert (result.returncode, result.stdout.count("\n")) == (0, 2)
+    _, output, _ = run("check", "--json", *sources)
+    assert [json.loads(x)["address"] for x in output.splitlines()] == [up, down]
+    status, output, _ = run("check", "--coordinator")
+    assert (status, output.count("\n")) == (0, 2)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "socket"])
+def test_addresses_on_standard_input(up, kind):
+    if kind == "socket":
+        theirs, ours = socket.socketpair()
+        ends = theirs.detach(), ours.detach()
+    else:
+        ends = os.pipe()
+    os.write(ends[1], f"{up}\n".encode())
+    os.close(ends[1])
+    with program("check", "--file", "-", stdin=ends[0]) as process:
+        os.close(ends[0])
+        output, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (0, "")
+    assert output.endswith("1 of 1 nodes are up\n")
 
 
 @pytest.mark.parametrize(
@@ -84,81 +118,216 @@ def test_addresses_from_everywhere(tmp_path, up, down):
     [
         ([], "required: command"),
         (["check"], "no addresses"),
-        (["check", "a:1", "--timeout", "0"], "timeout must be a positive"),
-        (["check", "a:1", "--timeout", "x"], "invalid float value"),
-        (["check", "a:1", "--wait", "-1"], "deadline must be a positive"),
+        (["check", "a:1", "--timeout", "0"], "positive number of seconds"),
+        (["check", "a:1", "--timeout", "x"], "positive number of seconds"),
+        (["check", "a:1", "--timeout", "nan"], "positive number of seconds"),
+        (["check", "a:1", "--wait", "-1"], "positive number of seconds"),
+        (["check", "a:1", "--wait", "inf"], "positive number of seconds"),
         (["check", "--file", "/no/such/file"], "No such file"),
         (["check", "--tf-config"], "TF_CONFIG is not set"),
         (["check", "--coordinator"], "JAX_COORDINATOR_ADDRESS is not set"),
         (["check", "a:1", "--roles", "ps"], "--tf-config, which is not given"),
-        (["watch", "a:1", "--failure-threshold", "0"], "failure_threshold"),
-        (["watch", "a:1", "--interval", "0"], "interval must be a positive"),
+        (["watch", "a:1", "--failure-threshold", "0"], "whole number, at least 1"),
+        (["watch", "a:1", "--success-threshold", "x"], "whole number, at least 1"),
+        (["watch", "a:1", "--interval", "0"], "positive number of seconds"),
         (["ping", "a:1"], "invalid choice"),
     ],
 )
-def test_bad_usage(arguments, message):
-    result = run(*arguments, TF_CONFIG="", JAX_COORDINATOR_ADDRESS="")
-    assert (result.returncode, result.stdout) == (2, "")
-    assert message in result.stderr
-    assert "Traceback" not in result.stderr
+def test_bad_usage(run, monkeypatch, arguments, message):
+    monkeypatch.setenv("TF_CONFIG", "")
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "")
+    status, output, errors = run(*arguments)
+    assert (status, output) == (2, "")
+    assert message in errors
+    assert "Traceback" not in errors
+
+
+def test_help_names_every_exit_status(run):
+    for arguments in (["--help"], ["check", "--help"], ["watch", "--help"]):
+        status, output, _ = run(*arguments)
+        assert status == 0
+        words = " ".join(output.split())
+        assert command_line.EXIT_STATUS in words
+        for number in (0, 1, 2, 3, 130, 143):
+            assert f"{number} " in words
+
+
+def test_version(run):
+    status, output, _ = run("--version")
+    assert (status, output) == (0, f"monolith_optax {monolith_optax.__version__}\n")
+
+
+def test_a_file_that_is_not_text(run, tmp_path, up):
+    file = tmp_path / "nodes"
+    file.write_bytes(b"\xff\xfe")
+    status, _, errors = run("check", "--file", file)
+    assert status == 2
+    assert f"{file} must be text in UTF-8" in errors
+    file.write_text("\ufeff" + up)
+    assert run("check", "--file", file)[0] == 0
+
+
+def test_faults_of_the_checker_are_not_those_of_a_node(run, monkeypatch, up):
+    async def fail(*_, **__):
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(command_line, "check_nodes", fail)
+    status, output, errors = run("check", up)
+    assert (status, output) == (3, "")
+    assert "ZeroDivisionError: a bug" in errors
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a full device")
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_output_that_cannot_be_written(up, options):
+    with (
+        Path("/dev/full").open("w") as full,
+        program("check", up, *options, stdout=full) as process,
+    ):
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 3
+    assert errors == "monolith-net: [Errno 28] No space left on device\n"
 
 
 def test_output_that_nobody_reads(down):
-    command = [*COMMAND, "check", down, "--json"]
     read, write = os.pipe()
     os.close(read)
-    result = subprocess.run(command, check=False, stdout=write, stderr=subprocess.PIPE)
-    os.close(write)
-    assert (result.returncode, result.stderr) == (3, b"")
+    with program("check", down, stdout=write) as process:
+        os.close(write)
+        _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (3, "")
 
 
-def test_a_file_that_is_no_text(tmp_path, up):
-    file = tmp_path / "nodes"
-    file.write_bytes(b"\xff\xfe")
-    result = run("check", "--file", file)
-    assert result.returncode == 2
-    assert f"{file} is no text in UTF-8" in result.stderr
-    file.write_text("\ufeff" + up)
-    assert run("check", "--file", file).returncode == 0
+def test_a_name_that_the_terminal_cannot_print():
+    ascii_only = os.environ | {"PYTHONIOENCODING": "ascii"}
+    with program("check", "bücher.invalid:x", "a\x1b[2J:1", env=ascii_only) as process:
+        output, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (1, "")
+    assert "b\\xfccher.invalid:x  DOWN" in output
+    assert "\na\\x1b[2J:1  " in output
+    assert output.endswith("0 of 2 nodes are up\n")
+
+
+def on_a_terminal(*arguments, **environment):
+    """Starts the program on a terminal; returns it and the terminal's other end."""
+    ours, theirs = pty.openpty()
+    environment = {"TERM": "xterm", "NO_COLOR": ""} | environment
+    process = program(
+        *arguments, stdout=theirs, stderr=theirs, env=os.environ | environment
+    )
+    os.close(theirs)
+    return process, ours
+
+
+def shown_on(terminal, until=None):
+    """What the terminal shows until `until(shown)`, or until the program ends."""
+    shown = ""
+    while not (until and until(shown)) and select.select([terminal], [], [], 60)[0]:
+        try:
+            shown += os.read(terminal, 4096).decode()
+        except OSError:  # the other end is closed
+            break
+    return shown
+
+
+@pytest.mark.parametrize(
+    ("environment", "coloured"),
+    [({}, True), ({"NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False)],
+)
+def test_colours_only_where_they_are_wanted(up, environment, coloured):
+    process, terminal = on_a_terminal("check", up, "no port", **environment)
+    with process:
+        shown = shown_on(terminal)
+    os.close(terminal)
+    assert process.wait() == 1
+    assert ("\x1b[32mup  \x1b[m" in shown) == coloured
+    assert ("\x1b[31mDOWN\x1b[m" in shown) == coloured
+    assert ("\x1b" in shown) == coloured
+
+
+def test_progress_takes_one_line_on_a_terminal():
+    progress = "\r\x1b[K0 of 1 nodes are up"
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        process, terminal = on_a_terminal(
+            "check", address, "--wait", "60", NO_COLOR="1"
+        )
+        with process:
+            shown = shown_on(terminal, until=lambda shown: shown.count(progress) >= 2)
+            server.listen()
+            shown += shown_on(terminal)
+    os.close(terminal)
+    assert process.wait() == 0
+    before_the_report, _ = shown.split(f"\r\x1b[K{address}")
+    assert "\n" not in before_the_report
 
 
 def test_waiting_until_up():
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{server.getsockname()[1]}"
-        command = [*COMMAND, "check", address, "--wait", "60"]
-        with subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        ) as process:
+        with program("check", address, "--wait", "60") as process:
             assert process.stderr.readline() == "0 of 1 nodes are up\n"
             server.listen()
-            output, _ = process.communicate(timeout=60)
+            output, _ = process.communicate(timeout=90)
     assert process.returncode == 0
     assert output.endswith("1 of 1 nodes are up\n")
 
 
-def test_waiting_in_vain(down):
-    start = time.monotonic()
-    result = run("check", down, "--wait", "0.5", "--json")
-    assert result.returncode == 1
-    assert json.loads(result.stdout)["reason"] == "refused"
-    assert "0 of 1 nodes are up" in result.stderr
-    assert time.monotonic() - start < 10
+def test_waiting_in_vain(run, down):
+    status, output, errors = run("check", down, "--wait", "0.1", "--json")
+    assert status == 1
+    assert json.loads(output)["reason"] == "refused"
+    assert "0 of 1 nodes are up" in errors
 
 
-def test_watching(up):
-    host, port = up.split(":")
-    command = [*COMMAND, "watch", up, "127.0.0.1:none", "--json", "--interval", "0.05"]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)]
+)
+def test_watching(up, number, status):
+    sources = [up, "127.0.0.1:none", "--json", "--interval", "0.05"]
+    with program("watch", *sources) as process:
         first, second = (json.loads(process.stdout.readline()) for _ in range(2))
-        process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=30)
-    assert (first["address"], first["alive"]) == (f"{host}:{port}", True)
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=60)
+    assert (first["address"], first["alive"]) == (up, True)
     assert (second["address"], second["alive"]) == ("127.0.0.1:none", False)
     assert second["reason"] == "invalid address"
-    assert (process.returncode, errors) == (130, "")
+    assert (process.returncode, errors) == (status, "")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="making a PID namespace needs root")
+@pytest.mark.parametrize("command", ["watch --interval 0.05", "check --wait 60"])
+def test_process_1_of_a_container_can_be_terminated(down, command):
+    container = ["unshare", "--pid", "--fork", "--kill-child"]
+    if subprocess.run([*container, "true"], check=False).returncode:
+        pytest.skip("PID namespaces cannot be made here")
+    arguments = [*container, *COMMAND, *command.split(), down, "--json"]
+    with subprocess.Popen(
+        arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        heard = process.stdout if "watch" in command else process.stderr
+        assert heard.readline()
+        children = f"/proc/{process.pid}/task/{process.pid}/children"
+        os.kill(int(Path(children).read_text()), signal.SIGTERM)
+        try:
+            _, errors = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert (process.returncode, errors.count("Traceback")) == (143, 0)
+
+
+def test_the_console_script_runs_the_program():
+    project = tomllib.loads(
+        Path(__file__).parents[2].joinpath("pyproject.toml").read_text()
+    )
+    module, _, function = project["project"]["scripts"]["monolith-net"].partition(":")
+    code = f"import {module} as m; m.{function}()"
+    command = [sys.executable, "-c", code, "check", "no port"]
+    result = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (1, "")
+    assert result.stdout.endswith("0 of 1 nodes are up\n")
 
 
 def test_the_command_line_imports_no_jax():

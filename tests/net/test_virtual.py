@@ -10,15 +10,19 @@ import random
 import socket
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from net_doubles import REFUSED, Late, Nodes, run_virtually
+from net_doubles import REFUSED, Addresses, Late, Nodes, run_virtually
 
 from monolith_optax.net import (
     NodeAliveChecker,
     NodesDownError,
     Reason,
+    TcpConnector,
+    _connect,
+    _round,
     check_nodes,
+    tf_config_addresses,
     wait_for_nodes,
     watch_nodes,
 )
@@ -294,6 +298,7 @@ def test_local_faults_count_neither_way_when_watching():
     assert watch(nodes, 100, interval=10.0) == [(0.0, "a", True)]
 
 
+@settings(suppress_health_check=[HealthCheck.too_slow])  # it looks at the clock
 @given(st.lists(st.booleans(), max_size=30), st.integers(1, 4), st.integers(1, 4))
 def test_thresholds_against_a_model(history, failures, successes):
     nodes = Nodes(a=lambda now: 0.0 if history[round(now)] else REFUSED)
@@ -333,6 +338,115 @@ def test_closing_a_watch_ends_it():
     assert nodes.running == []
 
 
+@pytest.fixture
+def check_name(monkeypatch):
+    """Checks a name of made-up addresses: returns its status."""
+
+    def check_name(addresses, *, timeout=1.0, sockets=None, lateness=0.0):
+        monkeypatch.setattr(_connect, "attempt", addresses.attempt)
+        if sockets is not None:
+            monkeypatch.setattr(_round, "_descriptors_left", lambda: sockets)
+
+        async def run():
+            async with TcpConnector(addresses.lookup) as connector:
+                return await check_nodes(
+                    ["name:80"], timeout=timeout, connector=connector
+                )
+
+        [status] = run_virtually(run(), lateness)[0].results
+        assert addresses.running == 0
+        assert {address[1] for address, _ in addresses.attempts} <= {80}
+        return status
+
+    return check_name
+
+
+def test_a_silent_address_costs_a_head_start(check_name):
+    name = Addresses({"10.0.0.1": SILENT, "10.0.0.2": 0.01})
+    assert check_name(name, timeout=30.0).latency == pytest.approx(0.26)
+
+
+def test_a_refusing_address_costs_nothing(check_name):
+    name = Addresses({"10.0.0.1": REFUSED, "::1": Late(0.01, REFUSED), "10.0.0.2": 0.0})
+    assert check_name(name).latency == pytest.approx(0.01)
+
+
+def test_the_families_of_a_name_take_turns(check_name):
+    name = Addresses(dict.fromkeys(["10.0.0.1", "10.0.0.2", "::1", "::2"], REFUSED))
+    assert check_name(name).reason is Reason.REFUSED
+    tried = [address[0] for address, _ in name.attempts]
+    assert tried == ["10.0.0.1", "::1", "10.0.0.2", "::2"]
+
+
+@pytest.mark.parametrize("sockets", [1, 2, 1000])
+@pytest.mark.parametrize("silent", [1, 8, 100])
+@pytest.mark.parametrize("lookup_seconds", [0.0, 0.9])
+def test_any_number_of_silent_addresses_hides_no_live_one(
+    check_name, sockets, silent, lookup_seconds
+):
+    # The same share of the timeout is left to the last address, however many there are.
+    left = (1.0 - lookup_seconds) / (silent + 2)
+    behaviours = dict.fromkeys((f"10.0.1.{i}" for i in range(silent)), SILENT)
+    name = Addresses(behaviours | {"10.0.0.1": 0.9 * left}, lookup_seconds)
+    assert check_name(name, sockets=sockets).alive
+    assert name.most_running <= sockets
+
+
+def test_head_starts_that_last_too_long_hide_no_live_address(check_name):
+    silent = dict.fromkeys((f"10.0.1.{i}" for i in range(8)), SILENT)
+    assert check_name(Addresses(silent | {"10.0.0.1": 0.01}), lateness=0.03).alive
+
+
+def test_a_slow_address_beside_silent_ones_is_waited_for(check_name):
+    silent = dict.fromkeys((f"10.0.1.{i}" for i in range(8)), SILENT)
+    assert check_name(Addresses({"10.0.0.1": 0.9} | silent)).alive
+
+
+def test_attempts_take_no_socket_that_a_probe_waits_for(monkeypatch):
+    name = Addresses({f"10.0.1.{i}": SILENT for i in range(5)})
+    monkeypatch.setattr(_connect, "attempt", name.attempt)
+    monkeypatch.setattr(_round, "_descriptors_left", lambda: 3)
+
+    async def run():
+        async with TcpConnector(name.lookup) as connector:
+            names = [f"name{i}:80" for i in range(7)]
+            return await check_nodes(names, connector=connector)
+
+    report, seconds = run_virtually(run())
+    assert len(report.dead) == 7
+    assert seconds == pytest.approx(3.0)  # rounds of three
+    assert name.most_running == 3
+
+
+def test_what_other_addresses_said_is_the_cause(monkeypatch):
+    behaviours = {"10.0.0.1": errno.EHOSTUNREACH, "10.0.0.2": REFUSED, "::1": REFUSED}
+    name = Addresses(behaviours)
+    monkeypatch.setattr(_connect, "attempt", name.attempt)
+
+    async def run():
+        async with TcpConnector(name.lookup) as connector:
+            with pytest.raises(ConnectionRefusedError) as caught:
+                await connector("name", 80)
+        return caught.value.__cause__
+
+    cause, _ = run_virtually(run())
+    assert isinstance(cause, ExceptionGroup)
+    assert {error.errno for error in cause.exceptions} == {errno.EHOSTUNREACH, REFUSED}
+
+
+def test_a_subclass_with_its_own_way_to_connect_is_asked():
+    class Closed(TcpConnector):
+        async def __call__(self, host, port):
+            raise ConnectionRefusedError(REFUSED, f"{host} {port}")
+
+    async def run():
+        async with Closed() as connector:
+            return await check_nodes(["127.0.0.1:80"], connector=connector)
+
+    report, _ = run_virtually(run())
+    assert report["127.0.0.1:80"].message == "127.0.0.1 80"
+
+
 BAD_USE = [
     (lambda: asyncio.run(check_nodes("a:1")), TypeError, "addrs must be a list"),
     (lambda: asyncio.run(check_nodes(7)), TypeError, "addrs must be a list"),
@@ -364,6 +478,11 @@ BAD_USE = [
         ValueError,
         "success_threshold",
     ),
+    (
+        lambda: watch_nodes([], interval=1, success_threshold=None),
+        ValueError,
+        "success_threshold",
+    ),
     (lambda: watch_nodes("a:1", interval=1), TypeError, "addrs must be a list"),
     (lambda: NodeAliveChecker(7), TypeError, "addrs must be a list"),
     (lambda: NodeAliveChecker("a:1"), TypeError, "addrs must be a list"),
@@ -373,6 +492,7 @@ BAD_USE = [
     (lambda: NodeAliveChecker([], timeout="1"), ValueError, "timeout must be"),
     (lambda: NodeAliveChecker([], timeout=None), ValueError, "timeout must be"),
     (lambda: watch_nodes([], interval=None), ValueError, "interval must be"),
+    (lambda: tf_config_addresses("{}", roles="ps"), TypeError, "roles must be a list"),
 ]
 
 

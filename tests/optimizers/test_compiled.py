@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from registry import VARIANTS
+from choosing import only
 
 SIZE = 100_000
 
@@ -23,8 +23,9 @@ def compiled_step(tx, dtype):
     return params, state, jitted.lower(params, state, params).compile()
 
 
+# Steps on tables are in place inside lazy_rows, whose tests hold that.
+@only(lambda variant: variant.row.is_dense)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
 def test_a_donated_step_is_in_place(variant, dtype):
     params, state, compiled = compiled_step(variant.make(), dtype)
     memory = compiled.memory_analysis()
@@ -36,7 +37,6 @@ def test_a_donated_step_is_in_place(variant, dtype):
     assert not re.search(r" (custom-call|infeed|outfeed|send|recv)\(", program)
 
 
-@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
 def test_a_step_needs_nothing_from_the_host(variant):
     tx = variant.make()
     params = {"w": jnp.ones(8)}

@@ -9,18 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from choosing import only, with_argument
 from jax.experimental import sparse
-from registry import VARIANTS
+from registry import ROWS
 
-from monolith_optax import adamom, rmsprop
+from monolith_optax import RowSlices, adamom
 
 PARAMS = {"mlp": {"w": jnp.ones((3, 2)), "b": jnp.zeros(2)}}
 W = PARAMS["mlp"]["w"]
-
-
-@pytest.fixture(params=VARIANTS)
-def variant(request):
-    return VARIANTS[request.param]
 
 
 def raises(*fragments):
@@ -44,8 +40,8 @@ def grads(**mlp):
 
 
 BAD_GRADIENTS = {
-    "broadcastable": (grads(w=jnp.ones((1, 2))), "['mlp']['w']", "(1, 2)", "(3, 2)"),
-    "scalar": (grads(b=jnp.ones(())), "['mlp']['b']", "()", "(2,)"),
+    "broadcastable": (grads(w=jnp.ones((1, 2))), "['mlp']['w']", "(3, 2)", "(1, 2)"),
+    "scalar": (grads(b=jnp.ones(())), "['mlp']['b']", "(2,)", "()"),
     "complex": (grads(b=jnp.ones(2, complex)), "['mlp']['b']", "complex64"),
     "integer": (grads(b=jnp.ones(2, int)), "['mlp']['b']", "int32"),
     "float0": (grads(b=np.zeros(2, jax.dtypes.float0)), "['mlp']['b']", "float0"),
@@ -61,8 +57,13 @@ BAD_GRADIENTS = {
     "empty": ({}, "gradients['mlp']['b'] is missing"),
     "sparse": (
         grads(w=sparse.BCOO.fromdense(W)),
-        "gradients['mlp']['w'] is a sparse BCOO",
+        "gradients['mlp']['w']: expected an array, got BCOO",
         "todense()",
+    ),
+    "slices": (
+        grads(w=RowSlices(jnp.zeros(3, int), W)),
+        "gradients['mlp']['w']: expected an array, got RowSlices",
+        "lazy_rows",
     ),
 }
 
@@ -75,17 +76,18 @@ def test_gradients_that_do_not_match(variant, bad):
 
 def test_all_mismatches_are_listed():
     gradients = grads(w=jnp.ones((1, 2)), b=jnp.ones(3))
-    fragments = ["['mlp']['b']", "(3,)", "(2,)", "['mlp']['w']", "(1, 2)", "(3, 2)"]
+    fragments = ["['mlp']['b']", "(2,)", "(3,)", "['mlp']['w']", "(3, 2)", "(1, 2)"]
     assert_refused(adamom(), gradients, PARAMS, *fragments)
 
 
 @pytest.mark.parametrize(
     ("params", "fragments"),
     [
-        (grads(w=jnp.ones((1, 2))), ["params['mlp']['w']", "(1, 2)", "(3, 2)"]),
+        (grads(w=jnp.ones((1, 2))), ["params['mlp']['w']", "(3, 2)", "(1, 2)"]),
         ({"mlp": {"w": W}}, ["params['mlp']['b'] is missing"]),
     ],
 )
+@only(lambda variant: variant.slots)
 def test_params_that_do_not_match(variant, params, fragments):
     assert_refused(variant.make(), PARAMS, params, *fragments)
 
@@ -99,22 +101,33 @@ def test_trees_of_the_same_paths_and_another_type(variant):
         lambda n: ([(jax.tree_util.DictKey(k), n[k]) for k in sorted(n)], None),
         lambda _, leaves: Node(zip(("b", "w"), leaves, strict=True)),
     )
+    fragments = "gradients: expected the structure PyTree", "got PyTree", "Node"
+    assert_refused(variant.make(), {"mlp": Node(PARAMS["mlp"])}, PARAMS, *fragments)
+
+
+@only(lambda variant: variant.row.needs_params)
+def test_missing_params(variant):
     assert_refused(
-        variant.make(), {"mlp": Node(PARAMS["mlp"])}, PARAMS, "Node", "PyTree"
+        variant.make(),
+        PARAMS,
+        None,
+        "params is None",
+        "update(gradients, state, params)",
     )
 
 
-def test_missing_params_matter_to_weight_decay_alone(variant):
-    tx = variant.make(weight_decay=0.1)
+@only(lambda variant: variant.decay and not variant.row.needs_params)
+def test_missing_params_matter_only_to_weight_decay(variant):
+    tx = variant.make(**{variant.decay: 0.1})
     assert_refused(
         tx, PARAMS, None, "params is None", "update(gradients, state, params)"
     )
     for zero in (0, 0.0, np.float32(0), jnp.zeros(())):
-        tx = variant.make(weight_decay=zero)
+        tx = variant.make(**{variant.decay: zero})
         jax.jit(tx.update)(PARAMS, tx.init(PARAMS))
 
-    def traced(weight_decay):
-        tx = variant.make(weight_decay=weight_decay)
+    def traced(rate):
+        tx = variant.make(**{variant.decay: rate})
         return tx.update(PARAMS, tx.init(PARAMS))
 
     with raises("params is None"):
@@ -139,30 +152,28 @@ def test_parameters_that_cannot_be_trained(variant, leaf, fragments):
         variant.make().init(grads(b=leaf))
 
 
-DECAYS = {adamom: ["ada_decay", "mom_decay"], rmsprop: ["beta1", "beta2"]}
+BAD_NUMBERS = [math.nan, np.float32(np.inf), jnp.ones(2), 1j, "0.1", None]
+NEGATIVE = [-0.1, np.float64(-1e-9)]
 CASES = [
-    (optimizer, name, value)
-    for optimizer, decays in DECAYS.items()
-    for name in [*decays, "epsilon", "weight_decay", "learning_rate"]
-    for value in [
-        *([1.1, jnp.float32(2)] if name in decays else []),
-        *([-0.1, np.float64(-1e-9)] if name != "learning_rate" else []),
-        math.nan,
-        np.float32(np.inf),
-        jnp.ones(2),
-        1j,
-        "0.1",
-        None,
-    ]
+    (name, hyperparameter, value)
+    for name, row in ROWS.items()
+    for values, hyperparameters in {
+        (): ("learning_rate",) * (row.learning_rate is not None),
+        (*NEGATIVE,): row.nonnegative,
+        (*NEGATIVE, 1.1, np.float32(2)): row.fractions,
+    }.items()
+    for hyperparameter in hyperparameters
+    for value in [*values, *BAD_NUMBERS]
 ]
 
 
 @pytest.mark.parametrize(("optimizer", "name", "value"), CASES)
 def test_hyperparameters_out_of_range(optimizer, name, value):
     with raises(name, "must be"):
-        optimizer(**{name: value})
+        ROWS[optimizer].optimizer(**{name: value})
 
 
+@with_argument("learning_rate")
 @pytest.mark.parametrize("value", [None, 1j, jnp.ones(1), math.nan, "0.1"])
 def test_schedules_that_give_no_rate(variant, value):
     tx = variant.make(learning_rate=lambda _: value)
@@ -170,11 +181,14 @@ def test_schedules_that_give_no_rate(variant, value):
         tx.update(PARAMS, tx.init(PARAMS), PARAMS)
 
 
+@only(lambda variant: variant.slots)
 def test_slots_that_do_not_match(variant):
     tx = variant.make()
     state = tx.init(PARAMS)
-    wrong = state._replace(v=grads(w=jnp.ones((3, 1))))
-    with raises("state.v['mlp']['w']", "(3, 1)", "(3, 2)"):
+    slot = state._fields[1]
+    shape = getattr(state, slot)["mlp"]["w"].shape
+    wrong = state._replace(**{slot: grads(w=jnp.ones((1, *shape)))})
+    with raises("Gradients, params and state do not match", str(shape)):
         tx.update(PARAMS, wrong, PARAMS)
 
 
@@ -185,18 +199,21 @@ def test_compact_c_differs_from_that_of_the_state(saved):
         adamom(compact_c=not saved).update(PARAMS, state, PARAMS)
 
 
-@pytest.mark.parametrize("optimizer", DECAYS)
+@pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
 @pytest.mark.parametrize("bound", [0, 1, 0.0, 1.0])
-def test_bounds_of_decay_rates_are_allowed(optimizer, bound):
-    optimizer(**dict.fromkeys(DECAYS[optimizer], bound), epsilon=0, weight_decay=0)
+def test_bounds_are_allowed(row, bound):
+    row.optimizer(**dict.fromkeys(row.fractions, bound))
+    row.optimizer(**dict.fromkeys(row.nonnegative, 0))
 
 
+@with_argument("slot_dtype")
 @pytest.mark.parametrize("slot_dtype", [int, "int8", complex, bool, "nonsense", 3])
 def test_slot_dtype_that_is_no_float(variant, slot_dtype):
     with raises("slot_dtype", "floating-point"):
         variant.make(slot_dtype=slot_dtype)
 
 
+@only(lambda variant: variant.row.fractions or variant.row.nonnegative)
 def test_hyperparameters_in_too_coarse_a_dtype(variant):
     params = optax.tree.cast(PARAMS, jnp.bfloat16)
     inject = optax.inject_hyperparams
@@ -207,6 +224,7 @@ def test_hyperparameters_in_too_coarse_a_dtype(variant):
     )
 
 
+@with_argument("weight_decay_mask")
 def test_inject_hyperparams_takes_callables_for_schedules(variant):
     def no_biases(params):
         return jax.tree.map(lambda p: p.ndim > 1, params)
@@ -226,11 +244,12 @@ def test_inject_hyperparams_takes_callables_for_schedules(variant):
 def test_compact_c_of_slots_of_several_dtypes():
     with jax.enable_x64(True):
         params = {"a": jnp.ones(2, jnp.float32), "b": jnp.ones(2, jnp.float64)}
-        with raises("compact_c", "float32", "float64", "slot_dtype"):
+        with raises("one scalar", "float32", "float64", "slot_dtype"):
             adamom(compact_c=True).init(params)
         adamom(compact_c=True, slot_dtype=jnp.float32).init(params)
 
 
+@with_argument("weight_decay_mask")
 @pytest.mark.parametrize("mask", [True, 1, lambda _: 1, {"mlp": 1.0}, grads(b="no")])
 def test_weight_decay_mask_that_holds_no_bools(variant, mask):
     with raises("weight_decay_mask must", "bools"):
@@ -238,6 +257,7 @@ def test_weight_decay_mask_that_holds_no_bools(variant, mask):
         tx.update(PARAMS, tx.init(PARAMS), PARAMS)
 
 
+@with_argument("weight_decay_mask")
 @pytest.mark.parametrize("mask", [{"mlp": {"w": True}}, {"cnn": True}, [True]])
 def test_weight_decay_mask_of_another_tree(variant, mask):
     tx = variant.make(weight_decay=0.1, weight_decay_mask=mask)

@@ -70,16 +70,19 @@ def test_trajectory_is_monoliths(case):
 
 
 @by_case([case for case in CASES if case["optimizer"] == "adamom"])
-def test_compact_c_changes_no_bit(case):
+def test_compact_c_changes_only_rounding(case):
     full, compact = trajectory(case), trajectory(case, compact_c=True)
     for (params, state), (compact_params, compact_state) in zip(
         full, compact, strict=True
     ):
-        chex.assert_trees_all_equal(params, compact_params)
-        chex.assert_trees_all_equal(state.m, compact_state.m)
-        chex.assert_trees_all_equal(state.v, compact_state.v)
         chex.assert_shape(compact_state.c, ())
-        chex.assert_trees_all_equal(state.c, jnp.full_like(state.c, compact_state.c))
+        for a, b in [
+            (compact_params, params),
+            (compact_state.m, state.m),
+            (compact_state.v, state.v),
+            (jnp.full_like(state.c, compact_state.c), state.c),
+        ]:
+            np.testing.assert_allclose(a, b, rtol=0, atol=5e-7 * jnp.abs(b).max())
 
 
 SINGLE_STEPS = {

@@ -12,7 +12,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from law import check, densified, normal, rows_of
 
-from monolith_optax import RowSlices, value_and_row_grad
+from monolith_optax import psum, value_and_row_grad
 
 N, D = 16, 4
 IDS = np.array([[1, -1], [10, 1], [0, 3], [5, 5], [2, 9], [7, 7], [15, 14], [1, 10]])
@@ -65,28 +65,19 @@ def test_data_parallel_inside_shard_map(params, loss, reduced, check_vma):
         return lax.pmean(value, ("x", "y")) if reduced else value
 
     def step(params, ids):
-        value, gradients = value_and_row_grad(total)(params, ids)
+        _, gradients = value_and_row_grad(total)(params, ids)
         assert rows_of(gradients) == {"t"}
         dense = gradients["w"]
         if not check_vma:  # where JAX leaves the sum to the user
             dense = lax.psum(dense, ("x", "y"))
-        gathered = jax.tree.map(
-            lambda x: lax.all_gather(x, ("x", "y")),
-            (gradients["t"].ids, gradients["t"].rows),
-        )
-        return value[None], *gathered, dense
+        return psum(gradients["t"], ("x", "y")), dense
 
-    spec = P(("x", "y"))
     run = jax.jit(
         functools.partial(jax.shard_map, mesh=mesh, check_vma=check_vma)(
-            step,
-            in_specs=(P(), spec),
-            out_specs=(spec, spec, spec, P()),
+            step, in_specs=(P(), P(("x", "y"))), out_specs=P()
         )
     )
-    _, ids, rows, dense = run(params, IDS)
-    # Each device has gathered the slices of all.
-    slices = RowSlices(ids[: len(ids) // 8], rows[: len(ids) // 8])
+    slices, dense = run(params, IDS)
 
     def whole(params):
         values = jnp.stack([loss(params, IDS[i : i + 1]) for i in range(8)])

@@ -1,24 +1,24 @@
 """Monolith's node checker, a synchronous face on the asynchronous one."""
 
-import asyncio
-import concurrent.futures
-from collections.abc import Callable, Collection, Coroutine, Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
-from monolith_optax.net._check import check_bound, check_nodes, iterable
+from monolith_optax.net._arguments import check_bound, check_iterable
+from monolith_optax.net._blocking import run_to_end
 from monolith_optax.net._report import NodeReport
+from monolith_optax.net._round import check_nodes
 
 
 class NodeAliveChecker:
     """Monolith's node checker: probes all addresses when it is made.
 
-    It works with and without an event loop that is already running, in a notebook for
-    instance. In asynchronous code, await `check_nodes` instead.
+    It also works where an event loop is already running, in a notebook for instance.
+    In asynchronous code, await `check_nodes` instead.
 
     Args:
       addrs: the addresses, see `parse_address`.
       timeout: seconds that each probe may take; name lookup counts.
-      num_thread: how many probes may run at a time. None: as many as the limit of open
+      num_thread: how many probes may run at a time. None: as many as the limit on open
         files allows, so that a thousand silent nodes cost one timeout. There are no
         threads: the name is Monolith's, whose default of 10 made them cost a hundred.
 
@@ -40,10 +40,11 @@ class NodeAliveChecker:
     def __init__(
         self, addrs: Iterable[Any], timeout: float = 1, num_thread: int | None = None
     ) -> None:
-        self._addrs = addrs if isinstance(addrs, Collection) else list(iterable(addrs))
+        check_iterable(addrs)
+        self._addrs = addrs if isinstance(addrs, Collection) else list(addrs)
         self._timeout = timeout
         self._num_thread = num_thread
-        check_bound("num_thread", num_thread)
+        check_bound(num_thread=num_thread)
         self.check()
 
     def check(self) -> NodeReport:
@@ -70,30 +71,3 @@ class NodeAliveChecker:
     def all_nodes_alive(self) -> bool:
         """Whether no address is dead."""
         return self.report.all_alive
-
-
-def run_to_end(check: Callable[[], Coroutine[Any, Any, NodeReport]]) -> NodeReport:
-    """Runs a coroutine to its end, in a thread where an event loop is running."""
-
-    def run() -> NodeReport:
-        # With a factory, the runner leaves the thread's current event loop alone.
-        with asyncio.Runner(loop_factory=asyncio.new_event_loop) as runner:
-            return runner.run(cancellable())
-
-    async def cancellable() -> NodeReport:
-        task, loop = asyncio.create_task(check()), asyncio.get_running_loop()
-        cancels.append(lambda: loop.call_soon_threadsafe(task.cancel))
-        return await task
-
-    cancels: list[Callable[[], object]] = []
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return run()
-    with concurrent.futures.ThreadPoolExecutor(max_workers=1) as thread:
-        try:
-            return thread.submit(run).result()
-        except KeyboardInterrupt:
-            for cancel in cancels:
-                cancel()
-            raise

@@ -1,7 +1,7 @@
-"""Looks up host names, as a program of its own that can be ended while one hangs.
+"""Looks up host names, as a program that can be killed while a lookup hangs.
 
-It reads a name a line from standard input, a socket, and writes an answer a line to
-the same socket, in the order in which they come. An empty answer says that it is up.
+Standard input is a socket. It reads names from it, one on each line, and writes answers
+to it in any order. An answer for the empty name says that it has started.
 """
 
 import json
@@ -22,9 +22,10 @@ def look_up(name: str) -> dict[str, Any]:
         found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
     except socket.gaierror as error:
         return {"name": name, "gaierror": [error.errno, error.strerror]}
-    except OSError as error:
-        return {"name": name, "oserror": [error.errno, error.strerror]}
-    return {"name": name, "found": [[family, place] for family, *_, place in found]}
+    except Exception as error:
+        return {"name": name, "fault": repr(error)}
+    addresses = [[family, sockaddr] for family, *_, sockaddr in found]
+    return {"name": name, "found": addresses}
 
 
 def work(
@@ -44,7 +45,7 @@ def main() -> None:
         with lock:
             channel.sendall(json.dumps(value).encode() + b"\n")
 
-    answer({})
+    answer({"name": ""})
     for number, line in enumerate(channel.makefile("rb")):
         if number < MAX_THREADS:
             threading.Thread(target=work, args=(names, answer), daemon=True).start()

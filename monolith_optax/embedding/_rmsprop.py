@@ -1,0 +1,93 @@
+"""RMSprop of Monolith's embedding tables."""
+
+from typing import NamedTuple
+
+import jax
+import optax
+from jax.typing import ArrayLike
+
+from monolith_optax._optimizers.base import from_rule, root
+from monolith_optax._optimizers.weight_decay import WeightDecay
+from monolith_optax._public import public
+
+
+@public("monolith_optax.embedding")
+class RmspropState(NamedTuple):
+    """The state of `rmsprop`.
+
+    Attributes:
+      count: int32 scalar, the steps taken so far; it drives a schedule.
+      n: the average of squared gradients, a slot for each parameter.
+    """
+
+    count: jax.Array  # type: ignore[assignment]  # tuple.count gives way
+    n: optax.Params
+
+
+def rmsprop(
+    learning_rate: optax.ScalarOrSchedule = 0.01,
+    weight_decay_factor: ArrayLike = 0.0,
+    momentum: ArrayLike = 0.9,
+) -> optax.GradientTransformationExtraArgs:
+    r"""RMSprop of Monolith's embedding tables.
+
+    With :math:`d = g + \text{weight\_decay\_factor} \cdot w`, a step computes
+
+    .. math::
+
+      n &\leftarrow \text{momentum} \cdot n + (1 - \text{momentum}) \cdot d^2 \\
+      w &\leftarrow w - \text{learning\_rate} \cdot d / (\sqrt{n} + 1)
+
+    It has no momentum in spite of its argument's name, which is Monolith's.
+    `monolith_optax.rmsprop` is Monolith's RMSprop for dense variables, another rule.
+
+    Args:
+      learning_rate: a number, a scalar array, or a schedule, which is given the count
+        of steps taken before this one. Monolith ignores schedules here.
+      weight_decay_factor: coupled weight decay (L2), not negative. Unless it is the
+        number 0, `update` needs params.
+      momentum: the decay of `n`, in [0, 1].
+
+    Returns:
+      An `optax.GradientTransformationExtraArgs` whose state is a `RmspropState`.
+
+    Raises:
+      ValueError: a hyperparameter is out of range, or a parameter is not a real
+        floating-point array (`init`), or the gradients do not match the parameters'
+        tree and shapes, or params are missing although there is weight decay
+        (`update`).
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> from monolith_optax import embedding
+      >>> tx = embedding.rmsprop(1.0, momentum=0.75)
+      >>> table = jnp.ones((2, 3))
+      >>> state = tx.init(table)
+      >>> updates, state = tx.update(jnp.full((2, 3), 6.0), state, table)
+      >>> print(optax.apply_updates(table, updates)[0], state.n[0])
+      [-0.5 -0.5 -0.5] [9. 9. 9.]
+
+    References:
+      `RmspropOptimizer` of `Monolith <https://github.com/bytedance/monolith>`_.
+    """
+
+    def rule(
+        d: jax.Array,
+        w: object,
+        slots: RmspropState,
+        *,
+        learning_rate: jax.Array,
+        momentum: jax.Array,
+    ) -> tuple[jax.Array, RmspropState]:
+        del w
+        n = momentum * slots.n + (1 - momentum) * d * d
+        return -(learning_rate / (root(n) + 1) * d), slots._replace(n=n)
+
+    return from_rule(
+        rule,
+        RmspropState,
+        learning_rate=learning_rate,
+        fractions={"momentum": momentum},
+        weight_decay=WeightDecay(weight_decay_factor, name="weight_decay_factor"),
+    )
