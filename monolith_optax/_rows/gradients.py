@@ -154,7 +154,8 @@ def _trace(
     fun: Callable[..., Any], has_aux: bool, params: Any, args: Any, kwargs: Any
 ) -> _Loss:
     paths, structure = jax.tree.flatten_with_path(params)
-    args, kwargs = map(_as_data, args), {k: _as_data(v) for k, v in kwargs.items()}
+    args = tuple(map(_as_data, args))
+    kwargs = {name: _as_data(value) for name, value in kwargs.items()}
     aux: list[Any] = []
     aux_structure: Any = None
 

@@ -72,9 +72,8 @@ def test_the_choice_does_not_depend_on_how_much_there_is():
 
 def tied(params, users, pairs):
     found = params["user"][users]
-    return loss(params, users, pairs) + jnp.sum(
-        jax.nn.softmax(found @ params["user"].T)
-    )
+    logits = found @ params["user"].T
+    return loss(params, users, pairs) + jnp.sum(jax.nn.softmax(logits))
 
 
 def test_a_tied_table_is_dense_and_an_error_if_asked_for(params):

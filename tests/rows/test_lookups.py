@@ -51,9 +51,9 @@ rounded.defvjp(
 LOOKUPS = {
     "array": lambda t, i: t[i],
     "one id": lambda t, i: t[i[0, 0]],
-    "small ids": lambda t, i: t[i.astype(jnp.int8)],
+    "small ids": lambda t, i: t[i.astype(jnp.int16)],
     "wide ids": lambda t, i: t[i.astype(jnp.int64)],
-    "unsigned ids": lambda t, i: t[jnp.abs(i).astype(jnp.uint8)],
+    "unsigned ids": lambda t, i: t[jnp.abs(i).astype(jnp.uint16)],
     "take": lambda t, i: jnp.take(t, i, axis=0),
     "take, clip": lambda t, i: jnp.take(t, i, axis=0, mode="clip"),
     "take, wrap": lambda t, i: jnp.take(t, i, axis=0, mode="wrap"),
