@@ -6,8 +6,12 @@ from monolith_optax._optimizers.adamom import AdamomState as AdamomState
 from monolith_optax._optimizers.adamom import adamom as adamom
 from monolith_optax._optimizers.rmsprop import RmspropState as RmspropState
 from monolith_optax._optimizers.rmsprop import rmsprop as rmsprop
+from monolith_optax._rows.apply_updates import apply_updates as apply_updates
+from monolith_optax._rows.collectives import pmean as pmean
+from monolith_optax._rows.collectives import psum as psum
 from monolith_optax._rows.gradients import value_and_row_grad as value_and_row_grad
 from monolith_optax._rows.lazy import lazy_rows as lazy_rows
+from monolith_optax._rows.norms import global_norm as global_norm
 from monolith_optax._rows.slices import RowSlices as RowSlices
 
 __version__: str

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from monolith_optax._rows.opaque_ids import int32_ids
 from monolith_optax._rows.shardings import rows_sharding
-from monolith_optax._rows.slices import RowSlices, beyond_not_below, fitting
+from monolith_optax._rows.slices import RowSlices
 
 
 def value_and_row_grad(
@@ -99,6 +100,8 @@ def value_and_row_grad(
 class _Table:
     """A table that remembers what is looked up, and adds a zero to each result."""
 
+    __iter__ = None  # Python would index it by 0, 1, 2 and never stop
+
     def __init__(self, table: jax.Array, zeros: list[Any] | None) -> None:
         self.table = jnp.asarray(table)
         self.shape, self.dtype = self.table.shape, self.table.dtype
@@ -107,13 +110,15 @@ class _Table:
 
     def __getitem__(self, ids: Any) -> jax.Array:
         if not isinstance(ids, tuple | slice):
-            ids = jnp.asarray(fitting(ids))
+            ids = ids if isinstance(ids, jax.Array) else np.asarray(ids)
         if not hasattr(ids, "dtype") or not jnp.issubdtype(ids.dtype, jnp.integer):
             raise ValueError(
                 f"A table is looked up by an array of integer ids, not by {ids!r}."
             )
-        self.ids.append(ids)
-        places = beyond_not_below(ids, len(self.table))
+        ids, num_rows = int32_ids(ids), len(self.table)
+        valid = (ids >= 0) & (ids < num_rows)
+        self.ids.append(jnp.where(valid, ids, -1))
+        places = jnp.where(valid, ids, num_rows)
         rows = self.table.at[places].get(
             mode="fill", fill_value=0, out_sharding=rows_sharding(self.table, ids)
         )

@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.tree_util import keystr
@@ -15,7 +16,7 @@ from monolith_optax._rows.rowwise import (
     scatter,
     update_rows,
 )
-from monolith_optax._rows.slices import RowSlices
+from monolith_optax._rows.slices import RowSlices, is_slices
 
 
 def lazy_rows(
@@ -80,7 +81,7 @@ def lazy_rows(
             return dense
         _check_slices(updates, params)
         summed = jax.tree.map(
-            lambda g, p: sum_duplicates(g, len(p)) if is_slices(g) else g,
+            lambda g, p: _summed(g, len(p)) if is_slices(g) else g,
             updates,
             params,
             is_leaf=is_slices,
@@ -99,18 +100,21 @@ def lazy_rows(
             inner, gradients, state, params, places, extra_args
         )
         new_state = jax.tree.map(scatter, state_places, state, new_rows)
-        return jax.tree.map(_as_slices, places, few), new_state
+        return jax.tree.map(_as_slices, places, few, params), new_state
 
     return optax.GradientTransformationExtraArgs(inner.init, update)
 
 
-def is_slices(node: Any) -> bool:
-    """Whether a node of a tree is a `RowSlices`."""
-    return isinstance(node, RowSlices)
+def _summed(slices: RowSlices, num_rows: int) -> RowSlices:
+    [(ids, rows)] = sum_duplicates([slices.ids], [slices.rows], [num_rows])
+    return RowSlices(ids, rows)
 
 
-def _as_slices(place: Any, updates: jax.Array) -> Any:
-    return updates if place is ALL else RowSlices(place.ids, updates)
+def _as_slices(place: Any, updates: jax.Array, param: jax.Array) -> Any:
+    if place is ALL:
+        return updates
+    # -1 is padding also where nobody knows how many rows there are, as in norms.
+    return RowSlices(jnp.where(place.ids < len(param), place.ids, -1), updates)
 
 
 def _layout(params: optax.Params, places: Any) -> Any:

@@ -92,6 +92,8 @@ def gather(place: Any, table: jax.Array) -> jax.Array:
     """The rows at some places, zeros beyond the table; or all of an array."""
     if place is ALL:
         return table
+    if len(table) == 0:
+        return jnp.zeros((len(place.ids), *table.shape[1:]), table.dtype)
     return (
         jnp.asarray(table)
         .at[place.ids]

@@ -1,108 +1,121 @@
 """RowSlices: a few rows of a table, named by their ids."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from monolith_optax._public import public
-from monolith_optax._rows.shardings import explicit_sharding, replicated
+from monolith_optax._rows.duplicates import add_rows, at_least_float32
+from monolith_optax._rows.opaque_ids import int32_ids, is_opaque, opaque, plain
+from monolith_optax._rows.shardings import replicated
 
 
 @public("monolith_optax")
 @jax.tree_util.register_pytree_with_keys_class
-@dataclass(frozen=True)
+@dataclass(init=False, frozen=True, eq=False, repr=False)
 class RowSlices:
     """The sum of some rows into a table of zeros.
 
     It is what the gradient of a lookup is, without the table. Rows with the same id
-    add up. Ids outside of the table, negative ones included, are padding: their rows
-    may hold anything and count for nothing.
+    add up. Ids outside the table, negative ones included, are padding: their rows may
+    hold anything and count for nothing. Sums are taken in float32, or in the dtype of
+    the rows or the table if that is wider, and are rounded once.
 
-    `params + slices` adds the rows to a table, so that `optax.apply_updates` takes
-    updates of this kind, and `slices * scalar` scales them.
+    It is a pytree of ids and rows that can go wherever JAX takes a pytree. Its ids are
+    not numbers there: JAX raises an error that names them where a function that maps
+    over leaves would change them. Functions that make zeros make padding. Instead of
+    what raises, write:
+
+    - `optax.chain(lazy_rows(a), optax.scale(2))`, or schedules, clipping and all else
+      outside `lazy_rows`: `lazy_rows(optax.chain(a, optax.scale(2)))`.
+    - `jax.tree.map(lambda g: g * 2, gradients)`, `g / n`, `-g`, `optax.tree.scale`: the
+      same map with `is_leaf=lambda g: isinstance(g, RowSlices)`.
+    - `optax.tree.add(a, b)`: `jax.tree.map(operator.add, a, b, is_leaf=...)`.
+    - `g.astype(dtype)`, `optax.tree.cast`: `slices.astype(dtype)`.
+    - `jnp.clip(g, ...)`, `jnp.sign(g)`: `optax.clip`, `optax.scale_by_sign` inside
+      `lazy_rows`, where duplicates are summed; or `slices.with_rows(...)`.
+    - `jax.lax.psum`, `jax.lax.pmean`: `monolith_optax.psum`, `monolith_optax.pmean`.
+    - `optax.global_norm`, `optax.tree.norm`: `monolith_optax.global_norm`.
+    - `eqx.apply_updates`: `monolith_optax.apply_updates`.
+
+    Orbax, `jax.export` and `flax.serialization` do not take slices. No state holds
+    any; save their `ids` and `rows` as arrays.
 
     Attributes:
-      ids: integers of any shape.
+      rows: a floating-point array of shape `ids.shape + row_shape`.
+
+    Args:
+      ids: integers of any shape. They are kept as int32; those that do not fit are
+        padding.
       rows: an array of shape `ids.shape + row_shape`.
 
     Raises:
-      ValueError: the ids are not integers, or the shapes do not belong together.
+      ValueError: the ids are not integers or the rows not floating-point numbers, or
+        the shapes do not belong together.
 
     Example:
       >>> import jax.numpy as jnp
       >>> from monolith_optax import RowSlices
       >>> slices = RowSlices(jnp.array([2, 0, 2, -1]), jnp.ones((4, 2)))
+      >>> print(slices.ids)
+      [ 2  0  2 -1]
       >>> print(slices.to_dense(3))
       [[1. 1.]
        [0. 0.]
        [2. 2.]]
     """
 
-    ids: jax.Array
+    _ids: Any  # opaque, or what stands for a leaf where JAX rebuilds trees
     rows: jax.Array
 
     # NumPy's operators would otherwise take the slices for an element.
     __array_ufunc__ = None
 
-    def __post_init__(self) -> None:
-        if not jnp.issubdtype(jnp.result_type(self.ids), jnp.integer):
-            raise ValueError(
-                f"The ids of RowSlices must be integers, but they are "
-                f"{jnp.result_type(self.ids)}."
+    def __init__(self, ids: ArrayLike, rows: ArrayLike) -> None:
+        object.__setattr__(self, "_ids", opaque(int32_ids(ids)))
+        object.__setattr__(self, "rows", jnp.asarray(rows))
+        _check(self)
+
+    @property
+    def ids(self) -> jax.Array:
+        """The row ids, int32."""
+        if not is_opaque(self._ids):
+            raise TypeError(
+                f"The row ids of RowSlices have become {_describe(self._ids)}: a "
+                "function that maps over leaves has replaced them."
             )
-        shape, ids_shape = jnp.shape(self.rows), jnp.shape(self.ids)
-        if shape[: len(ids_shape)] != ids_shape:
-            raise ValueError(
-                f"The rows of RowSlices must have the shape of the ids, {ids_shape}, "
-                f"before that of a row, but their shape is {shape}."
-            )
+        if isinstance(self._ids, jax.ShapeDtypeStruct):
+            shape: Any = self._ids.update(dtype=jnp.int32)
+            return cast(jax.Array, shape)
+        return plain(self._ids)
 
     @property
     def row_shape(self) -> tuple[int, ...]:
         """The shape of one row."""
-        return jnp.shape(self.rows)[jnp.ndim(self.ids) :]
+        return self.rows.shape[len(self._ids.shape) :]
+
+    def with_rows(self, rows: ArrayLike) -> "RowSlices":
+        """Other rows for the same ids."""
+        slices = RowSlices.tree_unflatten(None, (self._ids, jnp.asarray(rows)))
+        _check(slices)
+        return slices
+
+    def astype(self, dtype: DTypeLike) -> "RowSlices":
+        """The slices with rows of another dtype."""
+        return self.with_rows(self.rows.astype(dtype))
 
     def to_dense(self, num_rows: int) -> jax.Array:
         """The table of `num_rows` rows that the slices stand for."""
-        return jnp.zeros((num_rows, *self.row_shape), self.rows.dtype) + self
-
-    def __radd__(self, table: ArrayLike) -> jax.Array:
-        table = jnp.asarray(table)
-        if table.shape[1:] != self.row_shape or table.ndim == 0:
-            raise ValueError(
-                f"Rows of shape {self.row_shape} cannot be added to a table of shape "
-                f"{table.shape}."
-            )
-        ids = replicated(beyond_not_below(self.ids, len(table)))
-        return table.at[ids].add(
-            replicated(self.rows).astype(table.dtype),
-            mode="drop",
-            out_sharding=explicit_sharding(table),
-        )
-
-    __add__ = __radd__
-
-    def __mul__(self, scalar: ArrayLike) -> "RowSlices":
-        if jnp.ndim(scalar) != 0:
-            raise ValueError(
-                f"RowSlices are scaled by a scalar, not by shape {jnp.shape(scalar)}."
-            )
-        return RowSlices(self.ids, self.rows * jnp.asarray(scalar, self.rows.dtype))
-
-    __rmul__ = __mul__
-
-    def __neg__(self) -> "RowSlices":
-        return RowSlices(self.ids, -self.rows)
-
-    def __truediv__(self, scalar: ArrayLike) -> "RowSlices":
-        return self * (1 / jnp.asarray(scalar, self.rows.dtype))
+        wide = at_least_float32(self.rows.dtype)
+        table: jax.Array = jnp.zeros((num_rows, *self.row_shape), wide) + self
+        return table.astype(self.rows.dtype)
 
     @staticmethod
-    def concatenate(slices: "list[RowSlices]") -> "RowSlices":
+    def concatenate(slices: "Sequence[RowSlices]") -> "RowSlices":
         """The sum of slices of one table: several lookups, or several batches."""
         row_shapes = {part.row_shape for part in slices}
         if len(row_shapes) != 1:
@@ -111,53 +124,111 @@ class RowSlices:
             )
         [row_shape] = row_shapes
         return RowSlices(
-            jnp.concatenate(
-                [replicated(fitting(part.ids)).reshape(-1) for part in slices]
-            ),
+            jnp.concatenate([replicated(part.ids).reshape(-1) for part in slices]),
             jnp.concatenate(
                 [
-                    replicated(part.rows).reshape(np.size(part.ids), *row_shape)
+                    replicated(part.rows).reshape(part.ids.size, *row_shape)
                     for part in slices
                 ]
             ),
         )
 
+    def __add__(self, other: Any) -> Any:
+        """`slices + slices` are slices, `table + slices` is a table, in its dtype."""
+        if isinstance(other, RowSlices):
+            return RowSlices.concatenate([self, other])
+        table = jnp.asarray(other)
+        if table.ndim == 0 or table.shape[1:] != self.row_shape:
+            raise ValueError(
+                f"Rows of shape {self.row_shape} cannot be added to a table of shape "
+                f"{table.shape}."
+            )
+        if not jnp.issubdtype(table.dtype, jnp.inexact):
+            raise ValueError(
+                f"Rows of {self.rows.dtype} cannot be added to a table of "
+                f"{table.dtype}: it must have a floating-point dtype."
+            )
+        return add_rows(table, self.ids, self.rows)
+
+    __radd__ = __add__
+
+    def __sub__(self, other: Any) -> Any:
+        """`slices - slices` are slices, `slices - table` is a table."""
+        return self + -other
+
+    def __rsub__(self, table: ArrayLike) -> jax.Array:
+        """`table - slices` is a table, in its dtype."""
+        difference: jax.Array = table + -self
+        return difference
+
+    def __mul__(self, scalar: ArrayLike) -> "RowSlices":
+        """The slices scaled by a number, in the dtype of their rows."""
+        return self._scaled(jnp.multiply, scalar)
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, scalar: ArrayLike) -> "RowSlices":
+        """The slices divided by a number, in the dtype of their rows."""
+        return self._scaled(jnp.divide, scalar)
+
+    def __neg__(self) -> "RowSlices":
+        """The slices with their sign changed."""
+        return self.with_rows(-self.rows)
+
+    def _scaled(
+        self, operation: Callable[..., jax.Array], scalar: ArrayLike
+    ) -> "RowSlices":
+        if jnp.ndim(scalar) != 0:
+            raise ValueError(
+                f"RowSlices are scaled by a scalar, not by shape {jnp.shape(scalar)}."
+            )
+        wide = at_least_float32(self.rows.dtype)
+        rows = operation(self.rows.astype(wide), jnp.asarray(scalar, wide))
+        return self.with_rows(rows.astype(self.rows.dtype))
+
+    def __repr__(self) -> str:
+        return f"RowSlices(ids={self._shown_ids()!r}, rows={self.rows!r})"
+
+    def __str__(self) -> str:
+        return f"RowSlices(ids={self._shown_ids()}, rows={self.rows})"
+
+    def _shown_ids(self) -> Any:
+        return self.ids if is_opaque(self._ids) else self._ids
+
+    def __reduce__(self) -> Any:
+        # Pickles do not depend on how JAX stores typed keys.
+        return RowSlices, (self.ids, self.rows)
+
     def tree_flatten_with_keys(self) -> tuple[Any, None]:
         key = jax.tree_util.GetAttrKey
-        return ((key("ids"), self.ids), (key("rows"), self.rows)), None
+        return ((key("ids"), self._ids), (key("rows"), self.rows)), None
 
     @classmethod
     def tree_unflatten(cls, _: None, children: tuple[Any, Any]) -> "RowSlices":
         # JAX unflattens with placeholders too, which the checks would not understand.
         self = object.__new__(cls)
-        object.__setattr__(self, "ids", children[0])
+        object.__setattr__(self, "_ids", children[0])
         object.__setattr__(self, "rows", children[1])
         return self
 
 
-def beyond_not_below(ids: ArrayLike, num_rows: int) -> jax.Array:
-    """Ids with those below zero, which would wrap around, moved beyond the table."""
-    ids = wide_ids(ids)
-    return jnp.where(ids < 0, num_rows, ids)
+def is_slices(node: Any) -> bool:
+    """Whether a node of a tree is a `RowSlices`."""
+    return isinstance(node, RowSlices)
 
 
-def wide_ids(ids: ArrayLike) -> jax.Array:
-    """Ids in a dtype that also holds what is beyond a table."""
-    ids = jnp.asarray(fitting(ids))
-    if not jnp.issubdtype(ids.dtype, jnp.integer):
+def _check(slices: RowSlices) -> None:
+    rows, ids_shape = slices.rows, slices._ids.shape
+    if not jnp.issubdtype(rows.dtype, jnp.inexact):
         raise ValueError(
-            f"The ids of RowSlices have become {ids.dtype}: a transformation outside "
-            "of lazy_rows has mapped over them. Put it inside: "
-            "lazy_rows(optax.chain(...))."
+            f"The rows of RowSlices must have a floating-point dtype, not {rows.dtype}."
         )
-    return ids.astype(jnp.int64 if ids.dtype.itemsize == 8 else jnp.int32)
+    if rows.shape[: len(ids_shape)] != ids_shape:
+        raise ValueError(
+            f"The rows of RowSlices must have the shape of the ids, {ids_shape}, "
+            f"before that of a row, but their shape is {rows.shape}."
+        )
 
 
-def fitting(ids: ArrayLike) -> ArrayLike:
-    """Ids of which JAX, where it has no 64 bits, would cut none to one of the table."""
-    cut = jax.dtypes.canonicalize_dtype(np.int64) == np.int32
-    if not (isinstance(ids, np.ndarray) and ids.dtype.itemsize == 8 and cut):
-        return ids
-    return np.where((ids < 0) | (ids > np.iinfo(np.int32).max), -1, ids).astype(
-        np.int32
-    )
+def _describe(leaf: Any) -> str:
+    return str(getattr(leaf, "dtype", type(leaf).__name__))

@@ -108,32 +108,6 @@ def covering(seed):
     return rng.permutation(ids).astype(np.int32)
 
 
-def test_slices_are_the_sum_of_their_rows():
-    gradients = batch(np.array([[2, 0], [2, -1], [12, 11]]))
-    dense = to_dense(gradients)["table"]
-    slices = gradients["table"]
-    assert slices.row_shape == (DIM,)
-    np.testing.assert_allclose(slices.to_dense(NUM_ROWS), dense, rtol=1e-6)
-    table = jnp.ones((NUM_ROWS, DIM))
-    for total in (table + slices, slices + table, np.ones(table.shape, "f") + slices):
-        np.testing.assert_allclose(total, 1 + dense, rtol=1e-6)
-    np.testing.assert_allclose((2 * slices).to_dense(12), 2 * dense, rtol=1e-6)
-    np.testing.assert_allclose((slices / 2).to_dense(12), dense / 2, rtol=1e-6)
-    np.testing.assert_allclose((-slices).to_dense(12), -dense, rtol=1e-6)
-    both = RowSlices.concatenate([slices, 2 * slices])
-    assert both.ids.shape == (12,)
-    np.testing.assert_allclose(both.to_dense(12), 3 * dense, rtol=1e-6)
-
-
-def test_slices_are_a_pytree():
-    slices = batch(np.array([1, 2]))["table"]
-    paths = [jax.tree_util.keystr(p) for p, _ in jax.tree.leaves_with_path(slices)]
-    assert paths == [".ids", ".rows"]
-    chex.assert_trees_all_equal(jax.jit(lambda s: s)(slices), slices)
-    with pytest.raises(AttributeError):
-        slices.ids = slices.ids
-
-
 def test_gradients_of_microbatches_stack_up():
     params = jnp.zeros((NUM_ROWS, DIM))
     ids = jnp.arange(8).reshape(4, 2) % 3
@@ -161,9 +135,9 @@ def test_any_ids(ids, seed):
     result = optax.apply_updates(params, updates)
     expected = -to_dense(gradients)["table"]
     np.testing.assert_allclose(result["table"], expected, atol=1e-5)
-    touched = updates["table"].ids[updates["table"].ids < NUM_ROWS]
-    assert sorted({i for i in ids if 0 <= i < NUM_ROWS}) == sorted(touched.tolist())
-    assert len(set(updates["table"].ids.tolist())) == len(ids)
+    touched = [i for i in updates["table"].ids.tolist() if i != -1]
+    assert sorted({i for i in ids if 0 <= i < NUM_ROWS}) == sorted(touched)
+    assert updates["table"].ids.shape == (len(ids),)
 
 
 @pytest.mark.parametrize("name", ELEMENTWISE)
@@ -310,20 +284,6 @@ def test_slices_that_do_not_fit(params, bad):
         tx.update(change(batch(np.array([1, 2]))), tx.init(params), params)
 
 
-def test_bad_slices():
-    with pytest.raises(ValueError, match="must be integers, but they are float32"):
-        RowSlices(jnp.ones(2), jnp.ones((2, 3)))
-    with pytest.raises(ValueError, match="must have the shape of the ids"):
-        RowSlices(jnp.arange(2), jnp.ones((3, 3)))
-    slices = RowSlices(jnp.arange(2), jnp.ones((2, 3)))
-    with pytest.raises(ValueError, match="cannot be added to a table"):
-        jnp.ones((5, 4)) + slices
-    with pytest.raises(ValueError, match="scaled by a scalar"):
-        slices * jnp.ones(2)
-    with pytest.raises(ValueError, match="rows of one shape"):
-        RowSlices.concatenate([])
-
-
 def test_params_are_needed(params):
     tx = lazy_rows(adamom(0.1))
     with pytest.raises(ValueError, match="params is None"):
@@ -418,21 +378,10 @@ def test_padding_sees_no_row_of_the_table():
     chex.assert_tree_all_finite(updates["dense"])
 
 
-def test_ids_that_a_transformation_has_scaled_are_refused(params):
-    tx = optax.chain(lazy_rows(optax.scale_by_adam()), optax.scale(-0.1))
-    gradients = batch(np.array([7, 2]))
-    updates, _ = tx.update(gradients, tx.init(params), params)
-    with pytest.raises(ValueError, match="have become float32"):
-        optax.apply_updates(params, updates)
-
-
 def test_wide_ids_without_wide_integers_are_padding():
     ids = np.array([2**32 + 3, -(2**63), 2**31, 1])
     slices = RowSlices(ids, jnp.ones((4, 1)))
     expected = [0, 1, 0, 0, 0]
-    assert slices.to_dense(5)[:, 0].tolist() == expected
-    both = RowSlices.concatenate([slices, slices])
-    assert both.to_dense(5)[:, 0].tolist() == [0, 2, 0, 0, 0]
     updates, _ = LAZY_SGD.update(
         slices, LAZY_SGD.init(jnp.zeros((5, 1))), jnp.zeros((5, 1))
     )

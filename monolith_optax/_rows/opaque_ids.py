@@ -1,0 +1,69 @@
+"""Row ids as a dtype of their own, on which JAX refuses arithmetic.
+
+Row ids sit in trees of gradients, where every idiom that maps over leaves reaches them.
+As integers they would be scaled, summed and clipped, and training would continue on
+other rows. JAX's typed keys are arrays that can be moved but not computed with, and
+its public way to define a kind of keys gives us such a dtype whose name tells what it
+is. A key holds `~id`: the keys that `jnp.zeros_like` makes are then -1, padding.
+"""
+
+from typing import Any, NoReturn
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.random import define_prng_impl
+from jax.typing import ArrayLike
+
+
+def _refuse(*_: Any) -> NoReturn:
+    raise TypeError("The row ids of RowSlices are not random keys.")
+
+
+_IMPL = define_prng_impl(
+    key_shape=(1,),
+    seed=_refuse,
+    split=_refuse,
+    random_bits=_refuse,
+    fold_in=_refuse,
+    name="row ids of RowSlices",
+    tag="row ids of RowSlices",
+)
+_DTYPE = jax.eval_shape(
+    lambda data: jax.random.wrap_key_data(data, impl=_IMPL),
+    jax.ShapeDtypeStruct((1,), jnp.uint32),
+).dtype
+
+
+def is_opaque(leaf: Any) -> bool:
+    """Whether a leaf of a tree is an array of opaque ids."""
+    return bool(getattr(leaf, "dtype", None) == _DTYPE)
+
+
+def opaque(ids: jax.Array) -> jax.Array:
+    """Opaque ids of int32 ids."""
+    data = jax.lax.bitcast_convert_type(~ids, jnp.uint32)
+    keys: jax.Array = jax.random.wrap_key_data(data[..., None], impl=_IMPL)
+    return keys
+
+
+def plain(ids: jax.Array) -> jax.Array:
+    """The int32 ids of opaque ones."""
+    data = jnp.squeeze(jax.random.key_data(ids), -1)
+    return ~jax.lax.bitcast_convert_type(data, jnp.int32)
+
+
+def int32_ids(ids: ArrayLike) -> jax.Array:
+    """Integers as int32; those that do not fit become padding, not other rows."""
+    if not isinstance(ids, jax.Array):
+        ids = np.asarray(ids)  # JAX would cut 64-bit ids to 32 bits
+    if not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise ValueError(
+            f"The ids of RowSlices must be integers, but they are {ids.dtype}."
+        )
+    if ids.dtype == np.int32:
+        return jnp.asarray(ids)
+    where = np.where if isinstance(ids, np.ndarray) else jnp.where
+    narrow = ids.astype(np.int32)
+    fits = (narrow.astype(ids.dtype) == ids) & ((narrow < 0) == (ids < 0))
+    return jnp.asarray(where(fits, narrow, np.int32(-1)))
