@@ -13,11 +13,11 @@ NAMES = ["dense", "many_leaves", "rows", "net", "compile"]
 
 
 def main() -> None:
-    """Runs the ones that are named, or all, and writes down what they found."""
+    """Runs the benchmarks that are named, or all, and writes the results."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
-        description="Compares each part with its peers. Of these, PyTorch, FBGEMM and "
-        "TensorFlow are left out unless they are installed (extra 'bench').",
+        description="Compares each part with its peers. PyTorch, FBGEMM and TensorFlow "
+        "are left out if they are not installed (extra 'bench').",
     )
     parser.add_argument("names", metavar="NAME", nargs="*", help=", ".join(NAMES))
     parser.add_argument("--quick", action="store_true", help="small sizes, few runs")
@@ -30,13 +30,13 @@ def main() -> None:
     )
     args = parser.parse_args()
     if unknown := set(args.names) - set(NAMES):
-        parser.error(f"unknown: {', '.join(sorted(unknown))}; there is {NAMES}")
-    # Threads of PyTorch that spin while they wait would slow down every side, its own
-    # most of all, as soon as there are not as many idle cores.
+        parser.error(f"expected names out of {NAMES}, got {sorted(unknown)}")
+    # PyTorch's threads spin while they wait. Without enough idle cores they would slow
+    # down every side, and their own most of all.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     cases = []
-    # Each in a process of its own: frameworks keep the memory that they once had.
+    # Each benchmark has its own process, because frameworks keep the memory they used.
     with ProcessPoolExecutor(
         1, mp_context=multiprocessing.get_context("spawn"), max_tasks_per_child=1
     ) as pool:

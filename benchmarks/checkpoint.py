@@ -1,7 +1,7 @@
 """Importing a TensorFlow checkpoint of 1 GB: `python -m benchmarks.checkpoint`.
 
-Prints the seconds and how much the process grew at most, besides what TensorFlow and
-JAX take by themselves. Needs the extra 'tf'.
+Prints the time and the peak memory, without what TensorFlow and JAX take by
+themselves. Needs the extra 'tf'.
 """
 
 import os
@@ -24,7 +24,7 @@ SLOTS = "", "/Adamom/m", "/Adamom/v", "/Adamom/c"
 
 
 def main() -> None:
-    """Writes the checkpoint, and measures in a process of its own."""
+    """Writes the checkpoint, and measures in a separate process."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     with tempfile.TemporaryDirectory() as folder:
         prefix = f"{folder}/model.ckpt-6"
@@ -43,7 +43,7 @@ def main() -> None:
 
 
 def measure(prefix: str) -> None:
-    """Imports the checkpoint into templates, which take no memory."""
+    """Imports the checkpoint into shapes, which take no memory."""
     read_tensorflow(prefix)  # imports TensorFlow
     jnp.ones(1).block_until_ready()
     params = {
@@ -54,11 +54,11 @@ def measure(prefix: str) -> None:
     start = time.perf_counter()
     jax.block_until_ready(import_slots(read_tensorflow(prefix), params, state))
     seconds = time.perf_counter() - start
-    print(f"import: {seconds:.2f} s, at most {peak() - before:.3f} GB more")
+    print(f"import: {seconds:.2f} s, {peak() - before:.3f} GB of memory at the peak")
 
 
 def peak() -> float:
-    """The most memory that this program has had, in GB; on Linux."""
+    """The peak memory of this process in GB; only on Linux."""
     status = Path("/proc/self/status").read_text()
     [kilobytes] = re.findall(r"VmHWM:\s*(\d+) kB", status)
     return int(kilobytes) / 1e6

@@ -23,7 +23,7 @@ def main(*, quick: bool) -> list[Case]:
 
 
 def compare(name: str, params: Any, rounds: int, more: Any = None) -> Case:
-    """Times tracing, lowering and compiling, all three together and the first alone."""
+    """Times tracing by itself, and tracing, lowering and compiling together."""
     makers = OPTIMIZERS | (more or {})
     traces: Times = {title: [] for title in makers}
     totals: Times = {title: [] for title in makers}

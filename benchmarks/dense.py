@@ -1,4 +1,4 @@
-"""Steps on large dense parameters, where all that counts is the memory's bandwidth."""
+"""Steps on large dense parameters, where only memory bandwidth matters."""
 
 import statistics
 from typing import Any
@@ -32,7 +32,7 @@ def compare(name: str, params: Any, quick: bool) -> Case:
     sides |= others | {"copy": copy.side()}
     times = interleave(sides, rounds=2 if quick else 12, runs=2)
     leaves = jax.tree.leaves(params)
-    # Theirs keep two slots in the parameters' dtype.
+    # The peers keep two slots in the parameters' dtype.
     theirs = 7 * sum(leaf.nbytes for leaf in leaves)
     millions = sum(leaf.size for leaf in leaves) / 1e6
     title = f"{name}, {leaves[0].dtype}, {millions:.3g} million in {len(leaves)}"

@@ -1,7 +1,7 @@
-"""Steps on thousands of small leaves, where every leaf costs and its size does not.
+"""Steps on thousands of small leaves, where only the number of leaves matters.
 
-An optimizer in `optax.flatten` keeps its slots in one buffer and packs the gradients
-into another at each step.
+Inside `optax.flatten` an optimizer keeps its slots in one buffer, and packs the
+gradients into another at each step.
 """
 
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Timing sides in turns, and what becomes of the times: a table, JSON, a picture."""
+"""Times the sides in turns, and writes the times as a table, JSON and a picture."""
 
 import json
 import os
@@ -13,21 +13,21 @@ from typing import Any
 
 import jax
 
-# Prepares a run that is to be timed, which returns when its results are there.
+# Prepares a run. Only the run is timed; it returns when its results are ready.
 Side = Callable[[], Callable[[], object]]
 Times = dict[str, list[float]]
 
 
 @dataclass(frozen=True)
 class Case:
-    """One comparison: the seconds of each side, of which ours is the first.
+    """One comparison: the seconds of each side, ours first.
 
     Attributes:
       benchmark: the module that made it.
       name: what was compared.
       times: seconds of each run of each side.
       bytes_moved: bytes that a side's rule must read and write in a run.
-      bandwidth: bytes a second that a plain copy reads and writes on this machine.
+      bandwidth: bytes per second that a plain copy reads and writes on this machine.
       more: further columns, by name and then by side.
     """
 
@@ -80,7 +80,8 @@ def interleave(
 ) -> Times:
     """Seconds of each side's runs; the sides take turns, `runs` at a time.
 
-    With `warm_up`, one round more and in each turn one run more than are counted.
+    With `warm_up`, there is one more round, and one more run in each turn; the first
+    of each are not counted.
     """
     times: Times = {title: [] for title in sides}
     extra = int(warm_up)
@@ -97,7 +98,7 @@ def interleave(
 
 
 def machine() -> dict[str, str]:
-    """What the figures were measured on, and with."""
+    """The hardware and the packages that the figures were measured with."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     models = [line.split(": ")[1] for line in lines if line.startswith("model name")]

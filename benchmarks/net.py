@@ -66,7 +66,7 @@ def compare(label: str, addresses: list[str], live: list[str], rounds: int) -> C
             missed[side] += up - checks[side](addresses)
 
         def prepare() -> Callable[[], object]:
-            time.sleep(1)  # the server's queue is to be empty again
+            time.sleep(1)  # lets the server empty its queue
             return run
 
         return prepare
@@ -76,7 +76,7 @@ def compare(label: str, addresses: list[str], live: list[str], rounds: int) -> C
         times = interleave(turns, rounds, warm_up=False)
     more = {
         "live missed": missed,
-        # Those of the servers and of the threads are among them.
+        # They include those of the servers and the threads.
         "most open files": dict.fromkeys(checks, most[0]),
     }
     return Case("net", f"{len(addresses):,} addresses, {label}", times, more=more)

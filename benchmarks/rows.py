@@ -1,14 +1,17 @@
-"""The step on the rows of a batch beside the peers' and the dense one.
+"""Steps on the rows of a batch: ours, the peers' and the dense ones.
 
-Every step is timed until its results are there, the sides take turns in one process,
-and the gradients of the looked-up rows are ready before the clock starts. For ours the
-time is that of summing duplicates, of the optimizer and of `optax.apply_updates`,
-jitted and donated; a dense step sums into a table of zeros, as JAX's own gradient does,
-and walks over all of it. For PyTorch's SparseAdam it is that of `optimizer.step()` with
-the gradient of an `Embedding(sparse=True)`: a sparse tensor that is not yet coalesced.
-For FBGEMM it is that of `backward()`, in which its optimizer steps, after a forward
-pass that has already read the rows of the batch. For TensorFlow it is summing
-duplicates and the kernel `ResourceSparseApplyAdagradV2`. Two threads each.
+Every step is timed until its results are ready, the sides take turns in one process,
+and the gradients of the looked-up rows are ready before the clock starts. What is
+timed, with two threads each:
+
+- ours: summing duplicates, the optimizer and `optax.apply_updates`, jitted and donated.
+  A dense step sums the rows into a table of zeros, as JAX's own gradient does, and
+  updates the whole table.
+- PyTorch's SparseAdam: `optimizer.step()` with the gradient of an
+  `Embedding(sparse=True)`, a sparse tensor that is not yet coalesced.
+- FBGEMM: `backward()`, which includes the optimizer's step, after a forward pass that
+  has already read the rows of the batch.
+- TensorFlow: summing duplicates and the kernel `ResourceSparseApplyAdagradV2`.
 """
 
 import importlib
@@ -28,12 +31,12 @@ from monolith_optax import RowSlices, adamom, lazy_rows
 BATCH = 8192
 DIM = 16
 
-# Takes a batch's ids and gradient, and returns the step to time.
+# Takes the ids and the gradient of a batch, and returns the step to time.
 Batched = Callable[[np.ndarray, np.ndarray], Callable[[], object]]
 
 
 def main(*, quick: bool) -> list[Case]:
-    """Tables of three sizes, and what our step needs beside them."""
+    """Tables of three sizes, and how much memory our step needs."""
     sizes = [10_000] if quick else [100_000, 1_000_000, 20_000_000]
     return [compare(num_rows, quick) for num_rows in sizes]
 
@@ -73,16 +76,16 @@ def compare(num_rows: int, quick: bool) -> Case:
 
 
 def batches(num_rows: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Batches without end: ids that follow Zipf's law over the table, and gradients."""
+    """An endless stream of ids that follow Zipf's law over the table, and gradients."""
     rng = np.random.default_rng(0)
-    scattered = rng.permutation(num_rows)  # else the frequent rows would be neighbours
+    scattered = rng.permutation(num_rows)  # otherwise frequent rows would be neighbours
     ranks = np.exp(rng.uniform(0, np.log(num_rows), (32, BATCH))).astype(np.int64)
     rows = rng.normal(size=(32, BATCH, DIM)).astype(np.float32)
     return cycle(list(zip(scattered[ranks], rows, strict=True)))
 
 
 def dense(tx: optax.GradientTransformation, num_rows: int) -> Any:
-    """The optimizer on a table-sized gradient, which is summed in its step."""
+    """The optimizer on a gradient the size of the table, which its step sums up."""
     summed = optax.stateless(lambda slices, _: slices.to_dense(num_rows))
     return optax.chain(summed, tx)
 
@@ -94,7 +97,7 @@ def jitted(tx: optax.GradientTransformation, num_rows: int) -> Step:
 
 
 def batched(step: Step) -> Batched:
-    """The step on one batch after the other."""
+    """The step on one batch after another."""
 
     def side(ids: np.ndarray, rows: np.ndarray) -> Callable[[], object]:
         slices = RowSlices(jnp.asarray(ids, jnp.int32), jnp.asarray(rows))
@@ -140,9 +143,9 @@ def fbgemm(num_rows: int) -> Batched:
     package = "fbgemm_gpu.split_table_batched_embeddings_ops"
     common = importlib.import_module(f"{package}_common")
     training = importlib.import_module(f"{package}_training")
-    place = common.EmbeddingLocation.HOST, training.ComputeDevice.CPU
+    device = common.EmbeddingLocation.HOST, training.ComputeDevice.CPU
     table = training.SplitTableBatchedEmbeddingBagsCodegen(
-        [(num_rows, DIM, *place)],
+        [(num_rows, DIM, *device)],
         optimizer=training.OptimType.EXACT_ADAGRAD,
         learning_rate=RATE,
     )
@@ -157,15 +160,15 @@ def fbgemm(num_rows: int) -> Batched:
 
 
 def tensorflow_adagrad(num_rows: int) -> Batched:
-    """TensorFlow's sparse Adagrad, after the sum of duplicates that it asks for."""
+    """TensorFlow's sparse Adagrad, after summing duplicates as it requires."""
     tf = importlib.import_module("tensorflow")
     table = tf.Variable(tf.ones((num_rows, DIM)))
     accumulator = tf.Variable(tf.zeros((num_rows, DIM)))
 
     @tf.function  # type: ignore[untyped-decorator]
     def step(ids: Any, rows: Any) -> None:
-        unique, places = tf.unique(ids)
-        summed = tf.math.unsorted_segment_sum(rows, places, tf.size(unique))
+        unique, segments = tf.unique(ids)
+        summed = tf.math.unsorted_segment_sum(rows, segments, tf.size(unique))
         tf.raw_ops.ResourceSparseApplyAdagradV2(
             var=table.handle,
             accum=accumulator.handle,

@@ -2,22 +2,23 @@
 
 A table is split by rows over eight virtual CPU devices, and the same small step is
 compiled in three ways: with dense gradients, with `lazy_rows`, and with `lazy_rows`
-inside of a `jax.shard_map`. Nothing is run. Of each compiled program are read: the
-bytes of its arguments and temporaries (`memory_analysis`), the bytes that its
-operations access (`cost_analysis`) and the shapes of its collectives (`as_text`).
+inside a `jax.shard_map`. Nothing is run. The figures are read from each compiled
+program: the bytes of its arguments and temporaries (`memory_analysis`), the bytes that
+its operations access (`cost_analysis`) and the shapes of its collectives (`as_text`).
 
-All of them are linear in the rows that a device holds and in the ids of a batch, which
-a fourth program confirms; so three programs of different sizes give the coefficients,
-and these the figures for 10^9 rows on 256 devices. Assumptions: the partitioner does
-the same for 256 devices as for eight, and another backend the same as the CPU's;
-collectives are rings, in which a device sends S * (n - 1) / n bytes of an all-gathered
-or reduce-scattered array of S bytes, and twice as much of an all-reduced one.
+All of these are linear in the rows that a device holds and in the ids of a batch, which
+a fourth program confirms. So three programs of different sizes give the coefficients,
+and the coefficients give the figures for 10^9 rows on 256 devices. This assumes that
+the partitioner does the same for 256 devices as for eight, that other backends do the
+same as the CPU's, and that collectives are rings: a device sends S * (n - 1) / n bytes
+of an all-gathered or reduce-scattered array of S bytes, and twice as many of an
+all-reduced one.
 
-`cost_analysis` charges a scatter in place with its whole table, of which a row-sparse
-step really touches some rows. That share does not depend on the batch; it is the
-column "charged for in-place scatters" and not counted as moved for the row-sparse
-steps, which allocate no temporary of a table's size. The dense step does walk over all
-of its rows.
+`cost_analysis` charges an in-place scatter for the whole table, although a row-sparse
+step touches only some rows. That part does not depend on the batch. It is the column
+"charged for in-place scatters", and it does not count as moved for the row-sparse
+steps, which allocate no temporary the size of a table. The dense step really does
+update all rows.
 """
 
 import math
@@ -36,7 +37,7 @@ from monolith_optax import RowSlices, adamom, lazy_rows, value_and_row_grad
 DEVICES, DIM = 8, 64
 ROWS, CLUSTER, BATCH = 10**9, 256, 65_536
 WAYS = "dense", "lazy_rows", "lazy_rows in shard_map"
-# Rows of a device, and ids of a batch; the last one is for the check.
+# Rows per device and ids per batch; the last pair is for the check.
 SIZES = [(2**16, 2**10), (2**17, 2**10), (2**16, 2**11), (2**17, 2**11)]
 COLLECTIVES = re.compile(
     r" = (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)"
@@ -46,12 +47,12 @@ MASKS = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s64": 8, "u64": 8, "
 
 
 def loss_fn(params: Any, ids: jax.Array) -> jax.Array:
-    """Something that needs the rows of a batch and a dense weight."""
+    """A loss that needs the rows of a batch and a dense weight."""
     return jnp.mean((params["table"][ids] @ params["weight"]) ** 2)
 
 
 def compile_step(way: str, rows_per_device: int, batch: int) -> Any:
-    """The compiled, donated training step on eight devices."""
+    """The training step on eight devices, donated and compiled."""
     mesh = jax.make_mesh((DEVICES,), ("x",), axis_types=(AxisType.Auto,))
     split = NamedSharding(mesh, PartitionSpec("x"))
     whole = NamedSharding(mesh, PartitionSpec())
@@ -105,7 +106,7 @@ def compile_step(way: str, rows_per_device: int, batch: int) -> Any:
 
 
 def collective_bytes(program: str) -> float:
-    """Bytes that a device sends in the collectives of a program, by ring, large n."""
+    """Bytes that a device sends in a program's collectives: rings, for large n."""
     total = 0.0
     for shapes, kind in COLLECTIVES.findall(program):
         for dtype, sizes in re.findall(r"([a-z]+[0-9]*)\[([0-9,]*)\]", shapes):
@@ -115,7 +116,7 @@ def collective_bytes(program: str) -> float:
 
 
 def measure(way: str, rows_per_device: int, batch: int) -> np.ndarray:
-    """Held, temporary, accessed and sent bytes of a device in one step."""
+    """Bytes that a device holds, allocates, accesses and sends in one step."""
     compiled = compile_step(way, rows_per_device, batch)
     memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
     return np.array(
@@ -129,7 +130,7 @@ def measure(way: str, rows_per_device: int, batch: int) -> np.ndarray:
 
 
 def extrapolate(way: str) -> tuple[np.ndarray, np.ndarray, float]:
-    """The parts due to rows and to the batch at full size, and the fit's worst error.
+    """The parts due to rows and to the batch at full size, and the worst misfit.
 
     What depends on neither counts as due to the batch.
     """
@@ -150,9 +151,9 @@ def main() -> None:
     columns = ["step", "held", "temporary", "moved in memory"]
     columns += ["charged for in-place scatters", "sent", "misfit"]
     print(
-        f"MB for each of {CLUSTER} devices and step; {ROWS:.0e} rows of {DIM}, ", end=""
+        f"MB per step on each of {CLUSTER} devices; {ROWS:.0e} rows of {DIM}, ", end=""
     )
-    print(f"float32, adamom, {BATCH:,} ids in a batch\n")
+    print(f"float32, adamom, {BATCH:,} ids per batch\n")
     print(f"| {' | '.join(columns)} |\n|---|{'---:|' * (len(columns) - 1)}")
     for way in WAYS:
         of_rows, of_batch, error = extrapolate(way)

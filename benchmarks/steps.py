@@ -1,8 +1,9 @@
 """Whole optimizer steps on trees: ours, optax's and those of other frameworks.
 
 A step of ours or of optax is the update and `optax.apply_updates`, jitted, with
-parameters and state donated. PyTorch's is `optimizer.step()` of its fused Adam,
-TensorFlow's the kernel `ResourceApplyAdam` on each variable in one graph function.
+parameters and state donated. A step of PyTorch is `optimizer.step()` of its fused Adam;
+a step of TensorFlow is the kernel `ResourceApplyAdam` on each variable in one graph
+function.
 """
 
 import functools
@@ -14,9 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from registry import VARIANTS
 
 from benchmarks.measure import Side
-from tests.helpers.registry import VARIANTS
 
 RATE = 1e-3
 OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {
@@ -47,11 +48,11 @@ class Step:
         self.jitted = jax.jit(step, donate_argnums=(0, 1))
 
     def __call__(self) -> None:
-        """Steps and waits for it."""
+        """Takes a step and waits for its results."""
         self.carry = jax.block_until_ready(self.jitted(*self.carry, self.gradients))
 
     def bytes_moved(self) -> int:
-        """Reading gradients, parameters and slots once, and writing the latter two."""
+        """Reads gradients, parameters and slots once; writes all but the gradients."""
         carry, gradients = (
             sum(int(leaf.nbytes) for leaf in jax.tree.leaves(tree))
             for tree in (self.carry, self.gradients)
@@ -66,7 +67,7 @@ class Step:
 def torch_adam(params: Any, gradients: Any) -> Side:
     """PyTorch's fused Adam."""
     torch = importlib.import_module("torch")
-    # Waking a second thread costs more than the step on a small leaf.
+    # On small leaves, waking a second thread costs more than the step.
     small = all(leaf.size < 10_000 for leaf in jax.tree.leaves(params))
     torch.set_num_threads(1 if small else 2)
     leaves = []
@@ -82,7 +83,7 @@ def torch_adam(params: Any, gradients: Any) -> Side:
 
 
 def tensorflow_adam(params: Any, gradients: Any) -> Side:
-    """TensorFlow's kernel of Adam, on every variable."""
+    """TensorFlow's Adam kernel, on every variable."""
     tf = importlib.import_module("tensorflow")
     variables, slots, constants = [], [], []
     for param, gradient in zip(
@@ -120,7 +121,7 @@ def _float32(array: Any) -> np.ndarray:
 
 
 def peers(params: Any, gradients: Any) -> dict[str, Side]:
-    """The other frameworks' steps, and a line for each one that is not installed."""
+    """The steps of the other frameworks; prints those that are not installed."""
     sides = {}
     for title, make in {
         "PyTorch, fused Adam": torch_adam,
@@ -134,6 +135,6 @@ def peers(params: Any, gradients: Any) -> dict[str, Side]:
 
 
 def copy_bandwidth(quick: bool) -> Step:
-    """A step that reads and writes each number once: what the memory allows."""
+    """A step that reads and writes each number once: as fast as the memory allows."""
     flip = optax.stateless(lambda _, params: -2 * params)
     return Step(flip, jnp.ones(100_000 if quick else 25_000_000), None)

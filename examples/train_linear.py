@@ -1,11 +1,11 @@
-"""Linear regression on real data with Monolith's optimizers, beside optax.adam.
+"""Linear regression on real data with Monolith's optimizers and optax.adam.
 
     python examples/train_linear.py
 
 predicts how far diabetes has progressed from ten measurements of 442 patients, the
-data set that scikit-learn ships. Every optimizer ends a chain of optax pieces and
-trains on mini-batches in a jitted, donated step. The exact least-squares solution
-shows how close each of them came.
+data set that scikit-learn ships. Every optimizer comes last in an optax chain and
+trains on mini-batches in a jitted, donated step. The exact least-squares solution shows
+how close each of them gets.
 """
 
 import argparse
@@ -47,7 +47,7 @@ class Data(NamedTuple):
 
 
 def load_data(seed: int) -> tuple[Data, Data]:
-    """The data set, split by chance into four fifths for training and the rest."""
+    """The data set, split at random: four fifths for training, the rest for testing."""
     x, y = load_diabetes(return_X_y=True, scaled=False)
     order = np.random.default_rng(seed).permutation(len(x))
     train, test = np.split(order, [len(x) * 4 // 5])
@@ -123,12 +123,14 @@ def plot(curves: dict[str, list[tuple[int, float]]], best: float, path: str) -> 
 
 def main() -> None:
     """Trains, prints the errors and saves the picture."""
-    mpl.use("Agg")  # pictures go to files, with or without a screen
+    mpl.use("Agg")  # pictures go to files, so no screen is needed
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--optimizer", choices=OPTIMIZERS, help="default: all of them")
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--learning-rate", type=float, help="peak of a cosine decay")
-    parser.add_argument("--seed", type=int, default=0, help="split and mini-batches")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of the split and the mini-batches"
+    )
     parser.add_argument("--quick", action="store_true", help="at most 100 steps")
     parser.add_argument("--plot", metavar="PATH", default="train_linear.png")
     args = parser.parse_args()

@@ -3,11 +3,11 @@
     python examples/train_word2vec.py
 
 trains skip-gram with negative sampling on text that every Python installation has:
-the docstrings of the standard library and the topics of `help()`. A mini-batch names
-a few words out of thousands, and a step touches the rows of these words alone, in the
-tables of the vectors and in the optimizer's slots. With `--dense`, the same loss is
-trained with dense gradients. At the end come the nearest neighbours of some words, a
-picture, and the speed of both ways.
+the docstrings of the standard library and the topics of `help()`. A mini-batch has a
+few words out of thousands, and a step touches only the rows of these words, in the
+tables of vectors and in the optimizer's slots. `--dense` trains the same loss with
+dense gradients. At the end it prints the nearest neighbours of some words and the speed
+of both ways, and draws a picture.
 """
 
 import argparse
@@ -47,8 +47,8 @@ WAYS = ("row-sparse", "dense")
 NO_DOCUMENTATION = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
 MIN_COUNT = 3  # rarer words are left out
 MIN_COUNT_OF_NEIGHBOURS = 30  # vectors of rarer words say little
-FREQUENT = 1e-3  # words above this share of the text are thinned out
-WINDOW = 5  # words to each side
+FREQUENT = 1e-3  # words that are a larger share of the text are thinned out
+WINDOW = 5  # words on each side
 NEGATIVES_PER_PAIR = 5
 NEGATIVES_PER_BATCH = 64  # drawn once for all pairs, each with a smaller weight
 QUERIES = ("file", "string", "thread", "list", "exception", "socket", "integer", "date")
@@ -70,7 +70,7 @@ class Corpus(NamedTuple):
 class Batch(NamedTuple):
     """Words, shape (batch,), and those around them, shape (batch, 2 * WINDOW).
 
-    Where there is no word, before the start and after the end of a text, is a -1.
+    A -1 stands where there is no word, before the start or after the end of a text.
     """
 
     centers: np.ndarray
@@ -78,7 +78,7 @@ class Batch(NamedTuple):
 
 
 def docstrings() -> Iterator[str]:
-    """All docstrings of the standard library's sources; nothing is imported."""
+    """All docstrings in the sources of the standard library, without importing it."""
     library = Path(sysconfig.get_path("stdlib"))
     for path in sorted(library.rglob("*.py")):
         if NO_DOCUMENTATION.isdisjoint(path.relative_to(library).parts):
@@ -102,7 +102,7 @@ def load_corpus(texts: Iterable[str]) -> Corpus:
 
 
 def batches(corpus: Corpus, batch_size: int, seed: int) -> Iterator[Batch]:
-    """Shuffled mini-batches without end; every epoch thins the text out anew."""
+    """Shuffled mini-batches without end; each epoch thins the text out again."""
     rng = np.random.default_rng(seed)
     excess = corpus.counts / corpus.counts.sum() / FREQUENT
     keep = np.minimum(1, np.sqrt(1 / excess))
@@ -113,16 +113,19 @@ def batches(corpus: Corpus, batch_size: int, seed: int) -> Iterator[Batch]:
         for text in corpus.texts:
             parts += [text[rng.random(len(text)) < keep[text]], gap]
         tokens = np.concatenate(parts).astype(np.int32)
-        places = rng.permutation(np.flatnonzero(tokens >= 0))
-        if len(places) < batch_size:
-            raise ValueError(f"A batch of {batch_size} is more than the whole text.")
-        for start in range(0, len(places) - batch_size + 1, batch_size):
-            chosen = places[start : start + batch_size]
+        positions = rng.permutation(np.flatnonzero(tokens >= 0))
+        if len(positions) < batch_size:
+            raise ValueError(
+                f"A batch has {batch_size} words, but after thinning out the text has "
+                f"only {len(positions)}: give a smaller --batch-size."
+            )
+        for start in range(0, len(positions) - batch_size + 1, batch_size):
+            chosen = positions[start : start + batch_size]
             yield Batch(tokens[chosen], tokens[chosen[:, None] + around])
 
 
 def loss_fn(params: Any, batch: Batch, negatives: jax.Array) -> jax.Array:
-    """The loss summed over all pairs; the tables may be stand-ins for lookups alone."""
+    """The loss summed over all pairs; it uses the tables only to look up rows."""
     centers = params["input"][batch.centers]
     contexts = params["output"][batch.contexts]
     is_pair = batch.contexts >= 0
@@ -133,14 +136,14 @@ def loss_fn(params: Any, batch: Batch, negatives: jax.Array) -> jax.Array:
 
 
 def init_params(num_words: int, dim: int, seed: int) -> Params:
-    """Small random vectors for words in the middle, zeros for those around them."""
+    """Small random vectors for words in the middle, zeros for the words around them."""
     shape = (num_words, dim)
     vectors = jax.random.uniform(jax.random.key(seed), shape, minval=-0.5, maxval=0.5)
     return {"input": vectors / dim, "output": jnp.zeros(shape)}
 
 
 def make_step(tx: optax.GradientTransformation, way: str, corpus: Corpus) -> Step:
-    """A jitted training step that returns params, state and the loss of a pair."""
+    """A jitted training step that returns params, state and the loss per pair."""
     shares = np.cumsum(corpus.counts**0.75)
     cumulative = jnp.asarray(shares / shares[-1], jnp.float32)
     if way == "dense":
@@ -185,7 +188,7 @@ def train(
 def words_per_second(
     step: Step, params: Params, state: Any, stream: Iterator[Batch]
 ) -> float:
-    """The speed of a step that is compiled already, a median."""
+    """The median speed of a step that is already compiled."""
     key = jax.random.key(0)
     seconds = []
     for batch in itertools.islice(stream, TIMED_STEPS + 1):
@@ -201,7 +204,7 @@ def neighbours(
 ) -> dict[str, list[str]]:
     """For each query, the words whose vectors point most nearly the same way."""
     result = {}
-    common = vectors[corpus.counts >= MIN_COUNT_OF_NEIGHBOURS]  # the first words
+    common = vectors[corpus.counts >= MIN_COUNT_OF_NEIGHBOURS]  # the first rows
     for query in filter(corpus.words.__contains__, QUERIES):
         similarity = common @ vectors[corpus.words.index(query)]
         nearest = [corpus.words[i] for i in np.argsort(-similarity)]
@@ -219,10 +222,10 @@ def plot(
     """Draws the loss, and the first two principal components of some words."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(13, 6), layout="constrained")
     left.plot(*np.transpose(curve))
-    left.set(xlabel="step", ylabel="loss of a pair", title="Skip-gram on Python's docs")
+    left.set(xlabel="step", ylabel="loss per pair", title="Skip-gram on Python's docs")
     shown = [[query, *nearest] for query, nearest in groups.items()]
-    places = [corpus.words.index(word) for group in shown for word in group]
-    cloud = vectors[places] - vectors[places].mean(0)
+    ids = [corpus.words.index(word) for group in shown for word in group]
+    cloud = vectors[ids] - vectors[ids].mean(0)
     _, _, axes = np.linalg.svd(cloud, full_matrices=False)
     points = iter(cloud @ axes[:2].T)
     for number, group in enumerate(shown):
@@ -236,17 +239,23 @@ def plot(
 
 
 def main() -> None:
-    """Trains, prints neighbours and speeds and saves the picture."""
-    mpl.use("Agg")  # pictures go to files, with or without a screen
+    """Trains, prints neighbours and speeds, and saves the picture."""
+    mpl.use("Agg")  # pictures go to files, so no screen is needed
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--optimizer", choices=OPTIMIZERS, default="adamom")
-    parser.add_argument("--dense", action="store_true", help="dense gradients")
+    parser.add_argument(
+        "--dense", action="store_true", help="train with dense gradients"
+    )
     parser.add_argument("--dim", type=int, default=64, help="length of a vector")
     parser.add_argument("--steps", type=int, default=10000)
-    parser.add_argument("--batch-size", type=int, default=128, help="words in a step")
+    parser.add_argument("--batch-size", type=int, default=128, help="words per step")
     parser.add_argument("--learning-rate", type=float, help="peak of a linear decay")
-    parser.add_argument("--seed", type=int, default=0, help="vectors and mini-batches")
-    parser.add_argument("--quick", action="store_true", help="200 steps, little text")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of vectors and mini-batches"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="at most 200 steps, on less text"
+    )
     parser.add_argument("--plot", metavar="PATH", default="train_word2vec.png")
     args = parser.parse_args()
     for option in ("dim", "steps", "batch_size"):
@@ -257,7 +266,7 @@ def main() -> None:
     texts = topics.values() if args.quick else [*docstrings(), *topics.values()]
     corpus = load_corpus(texts)
     num_words = len(corpus.words)
-    print(f"{corpus.counts.sum()} words of text, {num_words} different ones.")
+    print(f"{corpus.counts.sum()} words of text, {num_words} of them different.")
     make, default_rate = OPTIMIZERS[args.optimizer]
     peak = default_rate if args.learning_rate is None else args.learning_rate
     num_steps = min(args.steps, 200) if args.quick else args.steps
@@ -288,7 +297,7 @@ def main() -> None:
         speeds[name] = words_per_second(steps[name], params, tx.init(params), stream)
     print(f"\nMedian speed of {TIMED_STEPS} steps on tables of {num_words} rows:")
     for name, speed in speeds.items():
-        print(f"{name:>10}: {speed:10,.0f} words a second")
+        print(f"{name:>10}: {speed:10,.0f} words per second")
     print(f"Row-sparse is {speeds['row-sparse'] / speeds['dense']:.2f} times as fast.")
 
 

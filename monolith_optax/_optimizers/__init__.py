@@ -1,1 +1,1 @@
-"""The optimizers of dense variables, one file each, and what they share."""
+"""The optimizers of dense variables, one file each, and the base they share."""

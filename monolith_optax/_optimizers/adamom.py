@@ -56,11 +56,11 @@ def adamom(
 
     or, with `use_v2`, divides by :math:`\sqrt{v / c} + \text{epsilon}`. As `v / c` is a
     weighted mean of squared gradients from the first step on, `v` needs no bias
-    correction; the momentum has none either.
+    correction. The momentum is not corrected.
 
-    Arithmetic is in float32, or in the slot's dtype where that is wider. Updates come
-    back in the dtype of the parameter, or in the gradient's where `update` is given no
-    params, and slots in their own.
+    Arithmetic is in float32, or in the slot's dtype if that is wider. Updates have the
+    dtype of the parameter, or of the gradient if `update` is given no params. Slots
+    keep their dtype.
 
     Args:
       learning_rate: a number, a scalar array, or a schedule, which is given the count
@@ -70,14 +70,14 @@ def adamom(
       epsilon: keeps the denominator from zero; not negative.
       weight_decay: coupled weight decay (L2), not negative. Unless it is the number 0,
         `update` needs params.
-      use_v2: whether epsilon is added to the root instead of under it.
-      weight_decay_mask: a tree of bools that is a prefix of the parameters, or a
-        function from params to one: where weight decay applies. None: everywhere.
+      use_v2: whether epsilon is added outside the root instead of inside it.
+      weight_decay_mask: where weight decay applies: a tree of bools that is a prefix
+        of the parameters, or a function from params to such a tree. None: everywhere.
       slot_dtype: the dtype of the slots. None: float32, and float64 for float64
         parameters. In bfloat16, `c` would stop growing at 256.
       compact_c: whether `c` is kept as one scalar. Its entries are all equal as long
         as every step updates every parameter, so the numbers stay the same to float32
-        rounding, and a third of the slots' memory is saved.
+        rounding, and the slots take a third less memory.
 
     Returns:
       An `optax.GradientTransformationExtraArgs` whose state is an `AdamomState`.

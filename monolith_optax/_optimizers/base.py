@@ -45,7 +45,7 @@ def from_rule(
       fractions: hyperparameters in [0, 1].
       nonnegative: hyperparameters that are at least 0.
       weight_decay: coupled weight decay. None: the optimizer has none.
-      slots: those that are not zeros in the shape of the parameter.
+      slots: the slots that do not start as zeros in the shape of the parameter.
       slot_dtype: the dtype of the slots. None: float32, and float64 for float64
         parameters.
       needs_params: whether the rule reads `w`.
@@ -171,17 +171,17 @@ class _Optimizer:
 
 
 def as_dtype(value: ArrayLike, dtype: DTypeLike) -> Any:
-    """A hyperparameter, cast first so that `1 - decay` is rounded as in `dtype`."""
+    """A hyperparameter in `dtype`, so that `1 - decay` is also rounded in it."""
     if isinstance(value, jax.Array):
         return value.astype(dtype)
     return np.asarray(value, dtype)
 
 
 def tied(value: jax.Array, to: jax.Array) -> jax.Array:
-    """The value, as if it depended on another array, which is never negative.
+    """The value, made to depend on another array, which is never negative.
 
-    XLA on CPU computes a new slot that depends on one array only once more inside the
-    loop of the parameter, which then needs a copy of the old slot. It cannot know that
+    If a new slot depends on only one array, XLA on CPU computes it again inside the
+    loop of the parameter, and has to copy the old slot for that. XLA cannot know that
     this select does nothing.
     """
     return jnp.where(to < 0, to, value)

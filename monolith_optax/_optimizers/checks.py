@@ -1,7 +1,7 @@
 """Checks of what users pass in.
 
-They look only at shapes, dtypes and concrete numbers: they happen while JAX traces
-and cost nothing when the compiled step runs.
+They look only at shapes, dtypes and concrete numbers, so they happen while JAX traces
+and cost the compiled step nothing.
 """
 
 import math
@@ -36,9 +36,9 @@ def check_hyperparameter(name: str, value: ArrayLike, high: float = math.inf) ->
     dtype = dtype_of(value)
     if jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 4:
         raise ValueError(
-            f"{name} was given in {dtype}, which is too coarse for it (0.9999 is 1 in "
-            "bfloat16, 1e-8 is 0 in float16). Give a number or a float32 array; "
-            "optax.inject_hyperparams takes hyperparam_dtype=jnp.float32."
+            f"{name} must be float32 or wider, but it is {dtype}: 0.9999 is 1 in "
+            "bfloat16, and 1e-8 is 0 in float16. Give a Python number or a float32 "
+            "array; pass hyperparam_dtype=jnp.float32 to optax.inject_hyperparams."
         )
 
 
@@ -56,8 +56,8 @@ def check_slot_dtype(slot_dtype: DTypeLike | None) -> None:
         pass
     raise ValueError(
         "slot_dtype must be None or a floating-point dtype such as jnp.float32, but it "
-        f"is {slot_dtype!r}. optax.inject_hyperparams takes a dtype for a schedule "
-        "unless static_args names 'slot_dtype'."
+        f"is {slot_dtype!r}. With optax.inject_hyperparams, name 'slot_dtype' in "
+        "static_args; otherwise optax takes the dtype for a schedule."
     )
 
 
@@ -81,7 +81,7 @@ def check_trees(
     slots: dict[str, Any],
     kinds: dict[str, Slot],
 ) -> None:
-    """Accepts dense gradients, and params and slots that belong to them."""
+    """Accepts dense gradients, and params and slots that match them."""
     reference = _reference(gradients, params, slots, kinds)
     problems = _mismatches("gradients", gradients, reference)
     if params is not None:
@@ -91,13 +91,13 @@ def check_trees(
             problems += _mismatches(f"state.{name}", slots[name], 0.0)
         else:
             problems += _mismatches(f"state.{name}", slots[name], reference, kind)
-    _raise_listed("Gradients, params and state do not belong together.", problems)
+    _raise_listed("Gradients, params and state do not match.", problems)
 
 
 def check_like(params: optax.Params, **trees: Any) -> None:
     """Accepts trees of floating-point arrays with the shapes of the parameters."""
     problems = [x for name in trees for x in _mismatches(name, trees[name], params)]
-    _raise_listed(f"Params and {' and '.join(trees)} do not belong together.", problems)
+    _raise_listed(f"Params and {' and '.join(trees)} do not match.", problems)
 
 
 def _reference(
@@ -117,7 +117,7 @@ def _reference(
 
 
 def _mismatches(name: str, tree: Any, reference: Any, kind: Slot = _FULL) -> list[str]:
-    """What keeps a tree from being arrays of the reference's shapes."""
+    """How a tree differs from arrays of the reference's shapes."""
     given: Any = jax.tree.structure(tree)
     if given != jax.tree.structure(reference):
         return _structure_mismatches(name, tree, reference)
@@ -145,12 +145,12 @@ def _structure_mismatches(name: str, tree: Any, reference: Any) -> list[str]:
     unknown = [f"{name}{path} is unexpected." for path in nodes if path not in paths]
     other = [
         f"{name}{path}: expected an array, got {type(node).__name__}. For RowSlices, "
-        "wrap the optimizer in lazy_rows; of JAX's sparse arrays, give todense()."
+        "wrap the optimizer in lazy_rows; convert JAX's sparse arrays with todense()."
         for path, node in nodes.items()
         if node is not None and not is_leaf(node)
     ]
     structures = (
-        f"{name} has the structure {jax.tree.structure(tree)}, expected {expected}."
+        f"{name}: expected the structure {expected}, got {jax.tree.structure(tree)}."
     )
     return missing + unknown + other or [structures]
 

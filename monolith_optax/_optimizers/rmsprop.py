@@ -60,14 +60,14 @@ def rmsprop(
         + \text{learning\_rate} \cdot g / (\sqrt{v} + \text{epsilon}) \\
       w &\leftarrow w - m
 
-    The learning rate is inside `m`, so a schedule changes what later steps carry. The
-    first version is `optax.rmsprop(learning_rate, decay=beta2, eps=epsilon,
-    momentum=beta1)` after `optax.add_decayed_weights(weight_decay)`, with the sign of
-    `m` turned; the second has no twin in optax.
+    The learning rate is inside `m`, so a schedule also affects later steps. The first
+    version is `optax.rmsprop(learning_rate, decay=beta2, eps=epsilon, momentum=beta1)`
+    after `optax.add_decayed_weights(weight_decay)`, with the sign of `m` flipped.
+    Nothing in optax matches the second.
 
-    Arithmetic is in float32, or in the slot's dtype where that is wider. Updates come
-    back in the dtype of the parameter, or in the gradient's where `update` is given no
-    params, and slots in their own.
+    Arithmetic is in float32, or in the slot's dtype if that is wider. Updates have the
+    dtype of the parameter, or of the gradient if `update` is given no params. Slots
+    keep their dtype.
 
     Args:
       learning_rate: a number, a scalar array, or a schedule, which is given the count
@@ -77,9 +77,9 @@ def rmsprop(
       epsilon: keeps the denominator from zero; not negative.
       weight_decay: coupled weight decay (L2), not negative. Unless it is the number 0,
         `update` needs params.
-      use_v2: whether `v` is a sum, and epsilon added to the root instead of under it.
-      weight_decay_mask: a tree of bools that is a prefix of the parameters, or a
-        function from params to one: where weight decay applies. None: everywhere.
+      use_v2: whether `v` is a sum, and epsilon is added outside the root, not inside.
+      weight_decay_mask: where weight decay applies: a tree of bools that is a prefix
+        of the parameters, or a function from params to such a tree. None: everywhere.
       slot_dtype: the dtype of the slots. None: float32, and float64 for float64
         parameters.
 

@@ -15,10 +15,10 @@ from monolith_optax._leaves import dtype_of
 
 @dataclass(frozen=True)
 class Slot:
-    """How a slot begins and how many numbers it has.
+    """How a slot starts and how many numbers it has.
 
     Attributes:
-      start: the number that every entry begins with.
+      start: the number that every entry starts with.
       per: one number for each entry of a parameter; for each row of it, which is an
         index of its leading axis; or one scalar for the whole tree.
       dtype: that of a slot of integers, which no option changes. None: real numbers.
@@ -51,19 +51,19 @@ class Slot:
         return {"entry": param_shape, "row": param_shape[:1], "tree": ()}[self.per]
 
     def spread(self, slot: Any, updates: optax.Updates) -> Any:
-        """The slot of each parameter, also where they share one."""
+        """A slot for each parameter, even if they share one."""
         if self.per == "tree":
             return jax.tree.map(lambda _: slot, updates)
         return slot
 
     def joined(self, slot: Any, old: Any) -> Any:
-        """What `spread` began from; `old` if there are no parameters."""
+        """The reverse of `spread`; `old` if there are no parameters."""
         if self.per == "tree":
             return next(iter(jax.tree.leaves(slot)), old)
         return slot
 
     def for_rule(self, slot: ArrayLike, ndim: int, dtype: DTypeLike) -> jax.Array:
-        """The slot of one parameter in the rule's dtype, so that it broadcasts."""
+        """The slot of one parameter in the rule's dtype, shaped to broadcast."""
         slot = jnp.asarray(slot, self.dtype or dtype)
         if self.per == "row":
             slot = jnp.expand_dims(slot, range(slot.ndim, ndim))
@@ -89,15 +89,15 @@ def _one_dtype(params: optax.Params, slot_dtype: DTypeLike | None) -> DTypeLike:
     dtypes = {np.dtype(_slot_dtype(p, slot_dtype)) for p in jax.tree.leaves(params)}
     if len(dtypes) > 1:
         raise ValueError(
-            "A slot of one scalar for all parameters needs slots of one dtype, but "
-            f"they would have {sorted(map(str, dtypes))}. Give slot_dtype, or keep the "
-            "slot in full."
+            "A slot that is one scalar for all parameters needs one dtype, but these "
+            f"parameters have slots of {sorted(map(str, dtypes))}. Give slot_dtype, or "
+            "keep the slot in full."
         )
     return dtypes.pop() if dtypes else np.dtype(np.float32)
 
 
 def _full_rows(param: Any, start: ArrayLike, dtype: DTypeLike) -> jax.Array:
-    """One number per row, sharded as the rows are where that is known."""
+    """One number per row, sharded like the rows if their sharding is known."""
     shape = np.shape(param)[:1]
     traced = isinstance(param, jax.core.Tracer)
     sharding = getattr(jax.typeof(param) if traced else param, "sharding", None)

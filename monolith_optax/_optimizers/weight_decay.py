@@ -1,4 +1,4 @@
-"""Coupled weight decay (L2): a share of the parameter is added to its gradient."""
+"""Coupled weight decay (L2): a fraction of the parameter is added to its gradient."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,12 +18,12 @@ Mask: TypeAlias = Any | Callable[[optax.Params], Any] | None
 
 @dataclass(frozen=True)
 class WeightDecay:
-    """`g = rate * w + grad`, in all parameters or in some of them.
+    """`g = rate * w + grad`, for all parameters or some of them.
 
     Attributes:
       rate: a number that is at least 0.
-      mask: a tree of bools that is a prefix of the parameters, or a function from
-        params to one: where there is decay. None: everywhere.
+      mask: where there is decay: a tree of bools that is a prefix of the parameters,
+        or a function from params to such a tree. None: everywhere.
       name: the rate's name in errors.
     """
 
@@ -36,13 +36,14 @@ class WeightDecay:
         if self.mask is not None and not callable(self.mask) and is_leaf(self.mask):
             raise ValueError(
                 "weight_decay_mask must be a tree of bools, or a function from params "
-                f"to one, but it is {self.mask!r}. optax.inject_hyperparams takes a "
-                "function for a schedule unless static_args names 'weight_decay_mask'."
+                f"to such a tree, but it is {self.mask!r}. With "
+                "optax.inject_hyperparams, name 'weight_decay_mask' in static_args; "
+                "otherwise optax takes a function for a schedule."
             )
 
     def where(self, updates: optax.Updates, params: optax.Params | None) -> Any:
         """Which leaves decay."""
-        # A rate of 0 that has become an array would be multiplied all the same.
+        # Without this, a rate of 0 that is an array would still be multiplied.
         if concrete(self.rate) == 0:
             return jax.tree.map(lambda _: False, updates)
         if params is None:
@@ -62,7 +63,8 @@ def _full_mask(mask: Mask, params: optax.Params) -> Any:
         full = jax.tree.broadcast(True if mask is None else mask, params)
     except ValueError as error:
         raise ValueError(
-            "weight_decay_mask must be a prefix of the tree of the parameters."
+            "weight_decay_mask must be a prefix of the parameters' tree, which is "
+            f"{jax.tree.structure(params)}, but it is {jax.tree.structure(mask)}."
         ) from error
     for path, use in jax.tree.leaves_with_path(full):
         if not isinstance(use, bool | np.bool_):

@@ -1,5 +1,7 @@
-"""lazy_rows: an optimizer step on a table that touches the rows of a batch alone."""
+"""lazy_rows: an optimizer step on a table that touches only the rows of a batch."""
 
+import functools
+import itertools
 from typing import Any
 
 import jax
@@ -8,21 +10,20 @@ import numpy as np
 import optax
 from jax.tree_util import keystr
 
+from monolith_optax._rows.constants import ZERO
 from monolith_optax._rows.duplicates import sum_duplicates
-from monolith_optax._rows.rowwise import (
-    ALL,
-    Places,
-    check_rowwise,
-    scatter,
-    update_rows,
-)
+from monolith_optax._rows.jaxprs import trace
+from monolith_optax._rows.program import Runner
 from monolith_optax._rows.slices import RowSlices, is_slices
+from monolith_optax._rows.slots import WHOLE, Leaf, check_kind, owners
+from monolith_optax._rows.tables import Table
+from monolith_optax._rows.values import MixesRowsError, Rows, Value, Whole
 
 
 def lazy_rows(
     inner: optax.GradientTransformation,
 ) -> optax.GradientTransformationExtraArgs:
-    """Makes an elementwise optimizer step on the rows of a batch alone.
+    """Makes an optimizer step on only the rows of a batch.
 
     Where the gradient of a table is a `RowSlices`, duplicate ids are summed, the rows
     that they touch are gathered from the table and from every slot of it, the inner
@@ -42,16 +43,18 @@ def lazy_rows(
 
     Args:
       inner: the optimizer: any one that treats each row by itself, as adamom, rmsprop,
-        adam, adamw, adagrad, sgd and lion do, also chained with clipping by the global
-        norm, or inside `optax.partition` or `optax.inject_hyperparams`.
+        adam, adamw, adagrad, sgd and lion do, also with masks, schedules, noise, or
+        clipping by a norm of gradients. Its step is traced on whole tables, and runs on
+        the rows of the batch if each of its operations allows that.
 
     Returns:
       An `optax.GradientTransformationExtraArgs` whose state is the inner one's.
 
     Raises:
-      ValueError: (`update`) the inner optimizer mixes rows or has slots that are not
-        shaped as the table (adafactor, sm3, novograd, LAMB, LARS, Muon), or slices do
-        not fit their table, or params are missing.
+      ValueError: (`update`) an operation of the inner optimizer needs rows that are not
+        in the batch (adafactor, LAMB, LARS, Muon; the error names the operation and its
+        line), or it holds updates back for later steps (MultiSteps, lookahead, SAM), or
+        slices do not fit their table, or params are missing.
 
     Example:
       >>> import jax.numpy as jnp
@@ -68,7 +71,8 @@ def lazy_rows(
        [0.999 0.999]] [0. 1.]
     """
     inner = optax.with_extra_args_support(inner)
-    checked = set()
+    # So that calls outside of a jit trace only once, too.
+    jitted = jax.jit(functools.partial(_step, inner))
 
     def update(
         updates: optax.Updates,
@@ -76,56 +80,146 @@ def lazy_rows(
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
-        if not any(map(is_slices, jax.tree.leaves(updates, is_leaf=is_slices))):
-            dense: tuple[Any, Any] = inner.update(updates, state, params, **extra_args)
-            return dense
-        _check_slices(updates, params)
-        summed = jax.tree.map(
-            lambda g, p: _summed(g, len(p)) if is_slices(g) else g,
-            updates,
-            params,
-            is_leaf=is_slices,
-        )
-        places = jax.tree.map(
-            lambda g: Places(g.ids) if is_slices(g) else ALL, summed, is_leaf=is_slices
-        )
-        gradients = jax.tree.map(
-            lambda g: g.rows if is_slices(g) else g, summed, is_leaf=is_slices
-        )
-        layout = _layout(params, places)
-        if layout not in checked:
-            check_rowwise(inner, params, places, extra_args)
-            checked.add(layout)
-        few, new_rows, state_places = update_rows(
-            inner, gradients, state, params, places, extra_args
-        )
-        new_state = jax.tree.map(scatter, state_places, state, new_rows)
-        return jax.tree.map(_as_slices, places, few, params), new_state
+        step = inner.update
+        if any(map(is_slices, jax.tree.leaves(updates, is_leaf=is_slices))):
+            check_kind(state)
+            _check_slices(updates, params)
+            _check_extra_args(extra_args)
+            only_arrays = all(map(_is_array, jax.tree.leaves(extra_args)))
+            step = jitted if only_arrays else functools.partial(_step, inner)
+        result: tuple[Any, Any] = step(updates, state, params, **extra_args)
+        return result
 
     return optax.GradientTransformationExtraArgs(inner.init, update)
 
 
-def _summed(slices: RowSlices, num_rows: int) -> RowSlices:
-    [(ids, rows)] = sum_duplicates([slices.ids], [slices.rows], [num_rows])
-    return RowSlices(ids, rows)
+def _is_array(leaf: Any) -> bool:
+    """Whether a leaf may be traced; functions, strings and flags may not."""
+    kinds = jax.Array, np.ndarray, np.generic, int, float, complex
+    return isinstance(leaf, kinds) and not isinstance(leaf, bool)
 
 
-def _as_slices(place: Any, updates: jax.Array, param: jax.Array) -> Any:
-    if place is ALL:
-        return updates
-    # -1 is padding also where nobody knows how many rows there are, as in norms.
-    return RowSlices(jnp.where(place.ids < len(param), place.ids, -1), updates)
+def _step(
+    inner: optax.GradientTransformationExtraArgs,
+    updates: optax.Updates,
+    state: optax.OptState,
+    params: optax.Params,
+    **extra_args: Any,
+) -> tuple[optax.Updates, optax.OptState]:
+    """One step on the rows that the slices name, and on all of the dense leaves."""
+    structure = jax.tree.structure(params)
+    gradients, weights = _gradients_and_weights(updates, params)
+    owner_tree = jax.tree.unflatten(structure, [leaf.owner for leaf in weights])
+    slots, slots_structure = _slots(inner, state, params, owner_tree)
+    extra, extra_structure = jax.tree.flatten(extra_args)
+    arrays = [leaf for leaf in extra if _is_array(leaf)]
 
-
-def _layout(params: optax.Params, places: Any) -> Any:
-    """What the check of the inner optimizer depends on."""
-    leaves = [
-        (np.ndim(param), place is ALL)
-        for param, place in zip(
-            jax.tree.leaves(params), jax.tree.leaves(places), strict=True
-        )
+    runner = Runner([leaf.owner for leaf in weights if isinstance(leaf.owner, Table)])
+    operands = [
+        gradients,
+        [leaf.value(runner) for leaf in slots],
+        [leaf.value(runner) for leaf in weights],
+        [runner.whole(array) for array in arrays],
     ]
-    return jax.tree.structure(params), tuple(leaves)
+    types = [
+        list(map(_whole_type, operands[0], [leaf.array for leaf in weights])),
+        list(map(_whole_type, operands[1], [leaf.array for leaf in slots])),
+        list(map(_whole_type, operands[2], [leaf.array for leaf in weights])),
+        list(map(jax.typeof, arrays)),
+    ]
+
+    def whole_step(gradients: Any, slots: Any, weights: Any, arrays: Any) -> Any:
+        arrays = iter(arrays)
+        leaves = [next(arrays) if _is_array(leaf) else leaf for leaf in extra]
+        return inner.update(
+            jax.tree.unflatten(structure, gradients),
+            jax.tree.unflatten(slots_structure, slots),
+            jax.tree.unflatten(structure, weights),
+            **jax.tree.unflatten(extra_structure, leaves),
+        )
+
+    program, shapes = trace(whole_step, *types)
+    given: Any = jax.tree.structure((updates, state), is_leaf=is_slices)
+    if jax.tree.structure(shapes) != given:
+        raise MixesRowsError("updates or state change their structure")
+    for leaf, after in zip([*weights, *slots], jax.tree.leaves(shapes), strict=True):
+        if leaf.owner is not WHOLE and np.shape(leaf.array) != after.shape:
+            raise MixesRowsError(
+                f"what is {np.shape(leaf.array)} for {leaf.name} becomes {after.shape}"
+            )
+    results = runner.run(program, list(itertools.chain(*operands)))
+    new_updates, new_slots = results[: len(weights)], results[len(weights) :]
+    return (
+        jax.tree.unflatten(structure, map(_update, new_updates, weights)),
+        jax.tree.unflatten(
+            slots_structure,
+            [
+                leaf.written(new, old, runner)
+                for leaf, new, old in zip(slots, new_slots, operands[1], strict=True)
+            ],
+        ),
+    )
+
+
+def _gradients_and_weights(
+    updates: optax.Updates, params: optax.Params
+) -> tuple[list[Value], list[Leaf]]:
+    given = jax.tree.leaves(updates, is_leaf=is_slices)
+    weights = [
+        Leaf(param, f"params{keystr(path)}", WHOLE)
+        for path, param in jax.tree.leaves_with_path(params)
+    ]
+    tables = [i for i, gradient in enumerate(given) if is_slices(gradient)]
+    summed = sum_duplicates(
+        [given[i].ids for i in tables],
+        [given[i].rows for i in tables],
+        [len(weights[i].array) for i in tables],
+    )
+    gradients: list[Value] = list(map(Whole, given))
+    for i, (ids, rows) in zip(tables, summed, strict=True):
+        table = Table(weights[i].name, len(weights[i].array), ids)
+        gradients[i] = Rows(rows, table, ZERO)
+        weights[i] = weights[i]._replace(owner=table)
+    return gradients, weights
+
+
+def _slots(
+    inner: optax.GradientTransformation,
+    state: optax.OptState,
+    params: optax.Params,
+    owner_tree: Any,
+) -> tuple[list[Leaf], Any]:
+    leaves, structure = jax.tree.flatten_with_path(state)
+    found = owners(inner, state, params, owner_tree)
+    return [
+        Leaf(slot, f"state{keystr(path)}", owner)
+        for (path, slot), owner in zip(leaves, found, strict=True)
+    ], structure
+
+
+def _whole_type(value: Value, whole: Any) -> Any:
+    """The type of what a value is in the whole step."""
+    if not isinstance(value, Rows):
+        return jax.typeof(value.at(None))
+    whole_type = jax.typeof(whole)
+    # Rows vary over devices as ids do, so this is not the type of what is whole.
+    return jax.typeof(value.array).update(
+        shape=whole_type.shape, sharding=whole_type.sharding
+    )
+
+
+def _update(value: Value, weight: Leaf) -> Any:
+    table = weight.owner
+    if table is WHOLE:
+        return weight.all(value)
+    # -1 is padding also where nobody knows how many rows there are, as in norms.
+    return RowSlices(jnp.where(table.valid, table.ids, -1), weight.rows(value))
+
+
+def _check_extra_args(extra_args: dict[str, Any]) -> None:
+    for name, value in extra_args.items():
+        if any(map(is_slices, jax.tree.leaves(value, is_leaf=is_slices))):
+            raise MixesRowsError(f"the extra argument {name} holds RowSlices")
 
 
 def _check_slices(updates: optax.Updates, params: optax.Params | None) -> None:

@@ -4,6 +4,8 @@ There JAX asks where the result of each gather and scatter goes. On other meshes
 finds out by itself, and all functions here leave it to that.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -38,3 +40,10 @@ def rows_sharding(table: ArrayLike, ids: ArrayLike) -> NamedSharding | None:
     if set(jax.tree.leaves(tuple(batch))) & set(jax.tree.leaves(tuple(columns))):
         columns = ()
     return NamedSharding(sharding.mesh, PartitionSpec(*batch, *columns))
+
+
+def without_row_axis(sharding: Any) -> Any:
+    """A sharding with its first axis on all devices, for any number of rows."""
+    if isinstance(sharding, PartitionSpec):
+        return PartitionSpec(None, *sharding[1:])
+    return NamedSharding(sharding.mesh, without_row_axis(sharding.spec))

@@ -1,10 +1,20 @@
-"""Monolith's variables and slots in and out of params and optax states.
+"""Moves Monolith's variables and slots into params and optax states, and back.
 
-`import_slots` and `export_slots` go between a mapping of TensorFlow's names to arrays
-and `(params, state)`; `read_tensorflow` and `write_tensorflow` between such a mapping
-and TensorFlow's files. `python -m monolith_optax.checkpoint` shows and converts them.
+`import_slots` and `export_slots` convert between a mapping from TensorFlow's names to
+arrays and `(params, state)`; `read_tensorflow` and `write_tensorflow` convert between
+such a mapping and TensorFlow's files. `python -m monolith_optax.checkpoint` shows and
+converts these files.
+`hash_tables`, `read_hash_table` and `write_hash_table` handle the hash tables beside
+such a checkpoint, and need no TensorFlow.
 """
 
+from monolith_optax.checkpoint._hash_table import HashTable as HashTable
+from monolith_optax.checkpoint._hash_table import Segment as Segment
+from monolith_optax.checkpoint._list_hash_tables import HashTableInfo as HashTableInfo
+from monolith_optax.checkpoint._list_hash_tables import hash_tables as hash_tables
+from monolith_optax.checkpoint._read_hash_table import (
+    read_hash_table as read_hash_table,
+)
 from monolith_optax.checkpoint._slots import export_slots as export_slots
 from monolith_optax.checkpoint._slots import import_slots as import_slots
 from monolith_optax.checkpoint._tensorflow import (
@@ -12,11 +22,20 @@ from monolith_optax.checkpoint._tensorflow import (
 )
 from monolith_optax.checkpoint._tensorflow import read_tensorflow as read_tensorflow
 from monolith_optax.checkpoint._tensorflow import write_tensorflow as write_tensorflow
+from monolith_optax.checkpoint._write_hash_table import (
+    write_hash_table as write_hash_table,
+)
 
 __all__ = [
+    "HashTable",
+    "HashTableInfo",
+    "Segment",
     "TensorFlowCheckpoint",
     "export_slots",
+    "hash_tables",
     "import_slots",
+    "read_hash_table",
     "read_tensorflow",
+    "write_hash_table",
     "write_tensorflow",
 ]

@@ -5,22 +5,25 @@ import json
 import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from monolith_optax.checkpoint._list_hash_tables import hash_tables
 from monolith_optax.checkpoint._tensorflow import read_tensorflow, write_tensorflow
 
-# As the node checker's command line has them; argparse ends with 2 for bad usage.
+# The same as those of the node checker; argparse exits with 2 for bad usage.
 DONE, FAILED, INTERRUPTED = 0, 3, 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit status."""
     args = _parser().parse_args(argv)
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # its own talk at start-up
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # no start-up messages
     try:
         if args.command == "show":
             show(args.prefix, as_json=args.json)
@@ -37,23 +40,29 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m monolith_optax.checkpoint",
-        description="Looks into TensorFlow's checkpoints and converts them. Needs "
-        "pip install 'monolith_optax[tf]'.",
+        description="Shows and converts TensorFlow checkpoints, and shows Monolith's "
+        "hash tables. Needs pip install 'monolith_optax[tf]', or "
+        "'monolith_optax[hash-tables]' for hash tables.",
         epilog="Exit status: 0 done, 2 bad usage, 3 failure.",
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    lister = commands.add_parser("show", help="list variables and slots")
-    lister.add_argument("prefix", metavar="PREFIX", help="such as model/model.ckpt-6")
+    lister = commands.add_parser("show", help="list variables, slots and hash tables")
+    lister.add_argument(
+        "prefix",
+        metavar="PREFIX",
+        help="the index file without '.index', such as model/model.ckpt-6; or the "
+        "folder model/model.ckpt-6.assets, for hash tables only, without TensorFlow",
+    )
     lister.add_argument("--json", action="store_true", help="print a JSON array")
     converter = commands.add_parser(
         "convert",
-        help="write what Orbax can restore, or the way back",
-        description="A TensorFlow checkpoint becomes an Orbax checkpoint: one "
-        "dictionary from TensorFlow's names to arrays. If SOURCE is the folder of such "
-        "a checkpoint, it becomes TensorFlow's again.",
+        help="convert a checkpoint to one that Orbax can restore, or back",
+        description="Converts a TensorFlow checkpoint to an Orbax checkpoint, which "
+        "holds one dictionary from TensorFlow's names to arrays. If SOURCE is the "
+        "folder of such an Orbax checkpoint, converts it back.",
     )
     converter.add_argument(
-        "source", metavar="SOURCE", help="a prefix, or Orbax's folder"
+        "source", metavar="SOURCE", help="a prefix, or an Orbax checkpoint's folder"
     )
     converter.add_argument(
         "target", metavar="OUT", help="a new folder, or a new prefix"
@@ -61,10 +70,29 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def show(prefix: str, *, as_json: bool) -> None:
-    """Prints what is in a TensorFlow checkpoint."""
+def show(path: str, *, as_json: bool) -> None:
+    """Prints the variables and the hash tables of a checkpoint."""
+    of_tables, is_prefix = _assets(path), not Path(path).is_dir()
+    variables = _variables(path) if is_prefix or of_tables is None else []
+    tables = _tables(of_tables) if of_tables else []
+    if as_json:
+        print(json.dumps([*variables, *tables], indent=1))
+        return
+    for rows in variables, tables:
+        _print_table(rows)
+
+
+def _assets(path: str) -> Path | None:
+    """The folder with hash tables."""
+    for folder in Path(path), Path(f"{path}.assets"):
+        if folder.is_dir() and any(folder.glob("Monolith*HashTable_*")):
+            return folder
+    return None
+
+
+def _variables(prefix: str) -> list[dict[str, Any]]:
     checkpoint = read_tensorflow(prefix)
-    rows = [
+    return [
         {
             "name": name,
             "kind": "slot" if _is_slot(name, checkpoint) else "variable",
@@ -73,15 +101,57 @@ def show(prefix: str, *, as_json: bool) -> None:
         }
         for name in checkpoint
     ]
-    if as_json:
-        print(json.dumps(rows, indent=1))
+
+
+def _tables(folder: Path) -> list[dict[str, Any]]:
+    size = sum(file.stat().st_size for file in folder.glob("Monolith*HashTable_*"))
+    with _progress(size) as on_bytes:
+        tables = hash_tables(folder, on_bytes=on_bytes)
+    return [
+        {
+            "name": table.name,
+            "kind": "hash table",
+            "entries": table.entries,
+            "dim": table.dim,
+            "segments": [list(segment) for segment in table.segments],
+            "servers": table.servers,
+            "shards": list(table.shards),
+            "last_update": table.last_update,
+        }
+        for table in tables
+    ]
+
+
+@contextmanager
+def _progress(size: int) -> Iterator[Callable[[int], object] | None]:
+    """A progress bar of so many bytes, for a person who looks at it."""
+    if not sys.stderr.isatty():
+        yield None
         return
-    lines = [[str(cell) for cell in row.values()] for row in rows]
-    table = [["name", "kind", "shape", "dtype"], *lines]
+    from tqdm import tqdm
+
+    with tqdm(total=size, unit="B", unit_scale=True, leave=False) as bar:
+        yield bar.update
+
+
+def _print_table(rows: list[dict[str, Any]]) -> None:
+    if not rows:
+        return
+    lines = [[_cell(*item) for item in row.items()] for row in rows]
+    table = [list(rows[0]), *lines]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     for line in table:
         cells = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
         print("  ".join(cells).rstrip())
+
+
+def _cell(name: str, value: Any) -> str:
+    if name == "segments":
+        return " ".join(f"{optimizer}:{dim or '?'}" for optimizer, dim in value)
+    if name == "last_update" and 0 < value < 2**32:
+        return datetime.fromtimestamp(value, UTC).isoformat()
+    text = str(value)
+    return text if text.isprintable() else ascii(text)
 
 
 def _is_slot(name: str, names: Mapping[str, Any]) -> bool:
@@ -90,7 +160,7 @@ def _is_slot(name: str, names: Mapping[str, Any]) -> bool:
 
 
 def convert(source: str, target: str) -> None:
-    """Writes a checkpoint of one kind as one of the other."""
+    """Converts a TensorFlow checkpoint to an Orbax checkpoint, or back."""
     to_tensorflow = Path(source).is_dir()
     if found := sorted(Path(source).glob("*.index")):
         raise ValueError(
@@ -99,7 +169,7 @@ def convert(source: str, target: str) -> None:
         )
     written = Path(f"{target}.index") if to_tensorflow else Path(target)
     if written.exists():
-        raise FileExistsError(f"{written} exists already: name a new one.")
+        raise FileExistsError(f"{written} already exists: give another name.")
     try:
         import orbax.checkpoint as ocp
     except ImportError as error:
@@ -114,7 +184,10 @@ def convert(source: str, target: str) -> None:
             if bad := [
                 k for k, x in tensors.items() if x.dtype == object or not x.size
             ]:
-                raise ValueError(f"Orbax holds numbers, but {bad} are texts or empty.")
+                raise ValueError(
+                    f"Orbax can hold only numbers, but {bad} are strings or empty: "
+                    "read the others with read_tensorflow."
+                )
             checkpointer.save(Path(target).absolute(), tensors)
             checkpointer.wait_until_finished()
     print(f"Wrote {target}")
@@ -126,8 +199,9 @@ def _tensors_in(checkpointer: Any, folder: str) -> dict[str, np.ndarray]:
         isinstance(value, dict | list) for value in restored.values()
     ):
         raise ValueError(
-            f"{folder} is not one dictionary of arrays, as 'convert' writes it: write "
-            "it yourself, with export_slots and write_tensorflow."
+            f"{folder} must hold one dictionary of arrays, as 'convert' writes it, but "
+            "it holds another tree. Restore it in Python, and use export_slots and "
+            "write_tensorflow."
         )
     return {name: np.asarray(value) for name, value in restored.items()}
 

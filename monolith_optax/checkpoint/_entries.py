@@ -1,4 +1,4 @@
-"""What stands for a leaf of params or state in a TensorFlow checkpoint."""
+"""What a leaf of params or state is in a TensorFlow checkpoint."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from monolith_optax._leaves import dtype_of
+from monolith_optax._leaves import describe, dtype_of
 
 GLOBAL_STEP = "global_step"
 _KEEP_IN_FULL = "Import into an optimizer that keeps the slot in full."
@@ -19,18 +19,18 @@ class MismatchError(ValueError):
 
 @dataclass(frozen=True)
 class Kept:
-    """A leaf that TensorFlow does not know, such as a hyperparameter."""
+    """A leaf that a checkpoint does not have, such as a hyperparameter."""
 
     path: str
     names: tuple[str, ...] = ()
 
     def read(self, tensors: Mapping[str, Any], leaf: Any) -> Any:
-        """The leaf as it is."""
+        """The leaf, unchanged."""
         del tensors
         if isinstance(leaf, jax.ShapeDtypeStruct):
             raise MismatchError(
-                f"state{self.path} is only a shape, and TensorFlow has no number for "
-                "it: give a state from init."
+                f"state{self.path} is only a shape, but a checkpoint has no value for "
+                "it: give a state that init returned."
             )
         return leaf
 
@@ -48,11 +48,11 @@ class Tensor:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Its name alone."""
+        """Its only name."""
         return (self.name,)
 
     def read(self, tensors: Mapping[str, Any], leaf: Any) -> Any:
-        """The tensor, where the leaf is."""
+        """The tensor, on the devices of the leaf."""
         value = tensor(tensors, self.name, np.shape(leaf), dtype_of(leaf))
         return placed(value, leaf)
 
@@ -63,7 +63,7 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Shared:
-    """The one number that stands for several slots whose entries are all the same."""
+    """One number that replaces several slots whose entries are all equal."""
 
     shapes: Mapping[str, tuple[int, ...]]
 
@@ -73,7 +73,7 @@ class Shared:
         return tuple(self.shapes)
 
     def read(self, tensors: Mapping[str, Any], leaf: Any) -> Any:
-        """The number that all entries of all slots are."""
+        """The number that all entries of all slots hold."""
         _check_scalar("shared slot", leaf)
         problems, numbers = [], {}
         for name, shape in self.shapes.items():
@@ -86,7 +86,7 @@ class Shared:
                 numbers[name] = slot.flat[0]
             elif slot.size:
                 problems.append(
-                    f"{name} is not uniform: its entries are from {slot.min()} to "
+                    f"{name} is not uniform: its entries range from {slot.min()} to "
                     f"{slot.max()}. {_KEEP_IN_FULL}"
                 )
         if len(set(numbers.values())) > 1:
@@ -126,7 +126,7 @@ class Count:
         if step.shape != () or step.dtype.kind not in "iu" or not 0 <= step <= most:
             raise MismatchError(
                 f"{GLOBAL_STEP} must be one integer from 0 to {most}, but it is "
-                f"{_describe(step)}{f', {step}' if step.shape == () else ''}."
+                f"{describe(step)}{f' that holds {step}' if step.shape == () else ''}."
             )
         return placed(step.astype(leaf.dtype), leaf)
 
@@ -148,8 +148,8 @@ def tensor(
     value = np.asarray(tensors[name])
     if value.shape != shape or value.dtype != dtype:
         raise MismatchError(
-            f"{name} is {_describe(value)}, but the leaf that it is for has dtype "
-            f"{dtype} and shape {shape}."
+            f"{name}: expected an array of dtype {dtype} and shape {shape}, got "
+            f"{describe(value)}."
         )
     return value
 
@@ -166,10 +166,6 @@ def placed(value: np.ndarray, leaf: Any) -> Any:
 def _check_scalar(name: str, leaf: Any) -> None:
     if np.shape(leaf) != ():
         raise MismatchError(
-            f"The state's {name} has the shape {np.shape(leaf)} instead of (), as "
-            "after jax.vmap: take one state at a time."
+            f"The state's {name} has the shape {np.shape(leaf)}, expected (). If "
+            "jax.vmap made the state, use one member at a time."
         )
-
-
-def _describe(value: np.ndarray) -> str:
-    return f"of dtype {value.dtype} and shape {value.shape}"

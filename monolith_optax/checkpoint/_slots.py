@@ -1,4 +1,4 @@
-"""Params and optax states from tensors under TensorFlow's names, and back."""
+"""Converts tensors under TensorFlow's names to params and optax states, and back."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -22,14 +22,14 @@ from monolith_optax.checkpoint._entries import (
 
 VariableNames: TypeAlias = Callable[[str], str] | Mapping[str, str] | None
 
-# States whose count is that of all steps and drives a schedule.
+# States whose count is the number of all steps and drives a schedule.
 _SCHEDULES = (
     optax.ScaleByScheduleState,
     optax.InjectHyperparamsState,
     optax.InjectStatefulHyperparamsState,
 )
 
-# The modules that the states of this package's optimizers name as their own.
+# The modules that the states of this package's optimizers belong to.
 _PUBLIC = "monolith_optax", "monolith_optax.embedding"
 
 
@@ -47,33 +47,31 @@ def import_slots(
     Every parameter and every slot of an optimizer of this package, wherever it is in
     `state` (inside `optax.chain`, `named_chain`, `partition`, `masked`,
     `inject_hyperparams`, `lazy_rows`, ...), is replaced. Their counts of steps, and
-    those of optax's schedules, are set to `global_step`. All else, such as
-    hyperparameters or the state of other optimizers, stays as it is.
+    those of optax's schedules, are set to `global_step`. Everything else, such as
+    hyperparameters or the state of other optimizers, is left unchanged.
 
     Args:
-      tensors: arrays by TensorFlow's names, such as `read_tensorflow` gives: a
+      tensors: arrays by TensorFlow's names, as `read_tensorflow` returns them: a
         variable `VAR`, its slots `VAR/Adamom/m`, `/v` and `/c`, or `VAR/Rmsprop/m`
         and `/v`, and `global_step`.
-      params: parameters of the wanted shapes, dtypes and shardings. Arrays, or the
-        shapes that `jax.eval_shape` gives, which take no memory.
-      state: a state of the optimizer for these parameters, or its shapes if there is
-        nothing in it that stays as it is.
+      params: parameters of the shapes, dtypes and shardings you want. Arrays, or the
+        shapes that `jax.eval_shape` returns, which take no memory.
+      state: a state of the optimizer for these parameters, or its shapes if nothing
+        in it is left unchanged.
       name: the name of the optimizer in TensorFlow. None: that of the state's class,
         such as Adamom for an `AdamomState`.
       variable_names: from the path of a parameter to the name of its variable: a
-        function, or a mapping of those whose name is not their path. The path is
+        function, or a mapping of the paths whose names differ. The path is
         `mlp/dense/kernel` for `params["mlp"]["dense"]["kernel"]`.
-      strict: whether tensors that nothing asks for are an error.
+      strict: whether tensors that no leaf needs are an error.
 
     Returns:
-      New params and a new state. Nothing is shared with `tensors`.
+      New params and a new state, which share no memory with `tensors`.
 
     Raises:
       ValueError: tensors are missing, left over, or of another shape or dtype (all
         are listed by name), or a slot that the state keeps as one number (`compact_c`)
-        is not uniform, or
-        `state` holds no state of an optimizer of this
-        package.
+        is not uniform, or `state` contains no state of an optimizer of this package.
 
     Example:
       >>> import jax.numpy as jnp
@@ -105,8 +103,8 @@ def import_slots(
     if problems:
         listed = "\n  ".join(dict.fromkeys(problems))
         raise ValueError(
-            "The tensors are not those of params and state; nothing was imported. "
-            f"(strict=False leaves over what is not asked for.)\n  {listed}"
+            "The tensors do not match params and state; nothing was imported. "
+            f"(strict=False ignores tensors that are left over.)\n  {listed}"
         )
     restored: tuple[optax.Params, optax.OptState] = jax.tree.unflatten(treedef, new)
     return restored
@@ -121,12 +119,12 @@ def export_slots(
 ) -> dict[str, np.ndarray]:
     """The variables and slots of a checkpoint from params and optimizer state.
 
-    It is the way back from `import_slots`, to the bit. Slots are always full, also
+    The reverse of `import_slots`, bit for bit. Slots are always written in full, even
     those that `compact_c` keeps as one number.
 
     Args:
       params: the parameters.
-      state: the optimizer's state, with a state of this package anywhere in it.
+      state: the optimizer's state, which may be nested in others.
       name: the name of the optimizer in TensorFlow. None: that of the state's class,
         such as Adamom for an `AdamomState`.
       variable_names: as in `import_slots`.
@@ -135,8 +133,8 @@ def export_slots(
       Arrays by TensorFlow's names.
 
     Raises:
-      ValueError: `state` holds no state of an optimizer of this package, two leaves
-        have the same name, or there are counts of steps that differ.
+      ValueError: `state` contains no state of an optimizer of this package, two leaves
+        have the same name, or counts of steps differ.
 
     Example:
       >>> import jax.numpy as jnp
@@ -154,7 +152,8 @@ def export_slots(
         if step is not None and written.get(GLOBAL_STEP, step) != step:
             raise ValueError(
                 f"The state has counts of steps that differ, {step} and "
-                f"{written[GLOBAL_STEP]}: a checkpoint has one {GLOBAL_STEP}."
+                f"{written[GLOBAL_STEP]}, but a checkpoint has only one {GLOBAL_STEP}. "
+                "Export the state of one optimizer at a time."
             )
         tensors |= written
     return tensors
@@ -166,7 +165,7 @@ def _entries(
     name: str | None,
     variable_names: VariableNames,
 ) -> list[Entry]:
-    """What stands for each leaf of `(params, state)`."""
+    """The entry of each leaf of `(params, state)`."""
     shapes = {
         _path(path): np.shape(leaf) for path, leaf in jax.tree.leaves_with_path(params)
     }
@@ -187,8 +186,8 @@ def _entries(
     slots = of_tree(state)
     if not any(map(_is_ours, jax.tree.leaves(state, is_leaf=_is_ours))):
         raise ValueError(
-            "The state must hold that of an optimizer of monolith_optax, but there is "
-            f"only {jax.tree.structure(state)}."
+            "state must contain the state of an optimizer of monolith_optax, but it is "
+            f"{jax.tree.structure(state)}."
         )
     entries: list[Entry] = jax.tree.leaves((variables, slots))
     uses = Counter(
@@ -201,7 +200,7 @@ def _entries(
     if twice := [used for used, times in uses.items() if times > 1]:
         raise ValueError(
             f"Several leaves of params and state have the same name: {twice}. Give "
-            "variable_names, or import into one of the optimizers at a time."
+            "variable_names, or the state of one optimizer at a time."
         )
     return entries
 
@@ -212,15 +211,15 @@ def _entries_of(
     variable: Callable[[str], str],
     shapes: dict[str, tuple[int, ...]],
 ) -> Any:
-    """What stands for each leaf of one optimizer's own state."""
+    """The entry of each leaf of one optimizer's own state."""
     slots = {field: getattr(state, field) for field in state._fields[1:]}
     full = [tree for tree in slots.values() if not _is_scalar(tree)]
     like_params = full[0] if full else next(iter(slots.values()), ())
     paths = [_path(path) for path, _ in jax.tree.leaves_with_path(like_params)]
     if unknown := [path for path in paths if path not in shapes]:
         raise ValueError(
-            f"The state has slots of {unknown}, but the parameters are {list(shapes)}. "
-            "Import into the optimizer without optax.flatten."
+            f"state has slots for {unknown}, but the parameters are {list(shapes)}. "
+            "Give a state that was made for these parameters, without optax.flatten."
         )
 
     def tensors(slot: str, tree: Any) -> Any:
@@ -236,7 +235,7 @@ def _entries_of(
 
 
 def _entries_of_schedule(state: Any, of_tree: Callable[[Any], Any]) -> Any:
-    """What stands for each leaf of optax's schedules and what they hold."""
+    """The entry of each leaf of optax's schedules and what they hold."""
 
     def of_hyperparameter(path: Any, _: Any) -> Entry:
         counts = path[-1:] == (GetAttrKey("count"),)
@@ -257,14 +256,15 @@ def _variable_namer(names: VariableNames, paths: list[str]) -> Callable[[str], s
     if isinstance(names, Mapping):
         if unknown := sorted(set(names) - set(paths)):
             raise ValueError(
-                f"variable_names has {unknown}, but the parameters are {paths}."
+                f"variable_names has {unknown}, but the parameters are {paths}: give "
+                "paths of parameters."
             )
         return lambda path: names.get(path, path)
     return names
 
 
 def _is_scalar(tree: Any) -> bool:
-    """Whether a slot is one number, not one for each parameter."""
+    """Whether a slot is one number for all parameters."""
     return is_leaf(tree) and np.shape(tree) == ()
 
 

@@ -1,4 +1,4 @@
-"""TensorFlow's checkpoint files, through TensorFlow itself."""
+"""Reads and writes TensorFlow's checkpoint files, with TensorFlow itself."""
 
 import os
 import re
@@ -12,16 +12,16 @@ from monolith_optax._public import public
 
 
 def read_tensorflow(prefix: str | os.PathLike[str]) -> "TensorFlowCheckpoint":
-    """The tensors of a TensorFlow checkpoint, each read when it is asked for.
+    """The tensors of a TensorFlow checkpoint, each read when you ask for it.
 
     Needs TensorFlow: `pip install "monolith_optax[tf]"`.
 
     Args:
-      prefix: what its files' names begin with, such as `model/model.ckpt-6`.
+      prefix: the path of its index file without `.index`, such as `model/model.ckpt-6`.
 
     Raises:
       FileNotFoundError: there is no such checkpoint, or one of its files is missing.
-      ValueError: a file is damaged; a tensor's own file is known when it is read.
+      ValueError: a file is damaged; damaged tensors are found when they are read.
       ImportError: TensorFlow is not installed.
     """
     return TensorFlowCheckpoint(prefix)
@@ -31,11 +31,11 @@ def read_tensorflow(prefix: str | os.PathLike[str]) -> "TensorFlowCheckpoint":
 class TensorFlowCheckpoint(Mapping[str, np.ndarray]):
     """A mapping from the names in a TensorFlow checkpoint to arrays.
 
-    Nothing is kept: an array is read anew each time that it is asked for, so that
-    importing a checkpoint takes little more memory than what becomes of it.
+    Nothing is cached: an array is read again each time you ask for it, so that
+    importing a checkpoint takes little more memory than its result.
 
     Attributes:
-      prefix: what its files' names begin with.
+      prefix: the path of its index file without `.index`.
       shapes: the shape of each tensor.
       dtypes: the NumPy dtype of each tensor.
     """
@@ -50,7 +50,7 @@ class TensorFlowCheckpoint(Mapping[str, np.ndarray]):
                 "'.index', as in 'model/model.ckpt-6'."
             )
         tf = _tensorflow()
-        # What TensorFlow raises for damaged files, by how they are damaged.
+        # What TensorFlow raises for damaged files depends on the damage.
         self._errors = tf.errors.OpError, LookupError, RuntimeError, ValueError
         try:
             self._reader = tf.train.load_checkpoint(self.prefix)
@@ -95,7 +95,7 @@ def write_tensorflow(
     Needs TensorFlow: `pip install "monolith_optax[tf]"`.
 
     Args:
-      prefix: what its files' names begin with; folders are made where they lack.
+      prefix: the path of its index file without `.index`. Missing folders are made.
       tensors: arrays by name.
 
     Raises:
@@ -113,8 +113,8 @@ def write_tensorflow(
         with tf.init_scope(), tf.device("CPU"):
             if not tf.executing_eagerly():  # nothing would be written, without an error
                 raise ValueError(
-                    "TensorFlow is in graph mode here: write outside of a tf.Graph, "
-                    "with eager execution enabled."
+                    "TensorFlow is in graph mode here: call write_tensorflow outside a "
+                    "tf.Graph, with eager execution enabled."
                 )
             tf.raw_ops.SaveV2(
                 prefix=os.fspath(prefix),
@@ -135,7 +135,9 @@ def _data_files(prefix: str) -> list[str]:
     files = [f"{prefix}.data-{i:05}-of-{count:05}" for i in range(count)]
     for file in files:
         if not Path(file).is_file():
-            raise FileNotFoundError(f"There is no file {file}, but {prefix}.index.")
+            raise FileNotFoundError(
+                f"There is no file {file}, but there is {prefix}.index."
+            )
     return files
 
 
@@ -148,7 +150,7 @@ def _tensorflow() -> Any:
         import tensorflow as tf
     except ImportError as error:
         raise ImportError(
-            "TensorFlow's checkpoints are read and written by TensorFlow itself: "
+            "Reading and writing TensorFlow's checkpoints needs TensorFlow: "
             'pip install "monolith_optax[tf]".'
         ) from error
     return tf

@@ -1,8 +1,8 @@
-"""The optimizers of embedding tables: those of Monolith, and row-wise Adagrad.
+"""The optimizers of embedding tables: Monolith's, and row-wise Adagrad.
 
-Names, arguments and defaults are Monolith's. A row is an index of a parameter's
-leading axis. Inside `monolith_optax.lazy_rows` a step touches only the rows of a batch,
-as in Monolith's hash tables.
+Names, arguments and defaults are Monolith's; those of row-wise Adagrad are FBGEMM's. A
+row is an index of a parameter's leading axis. Inside `monolith_optax.lazy_rows`, a step
+touches only the rows of a batch, as in Monolith's hash tables.
 """
 
 from monolith_optax.embedding._adadelta import AdadeltaState as AdadeltaState

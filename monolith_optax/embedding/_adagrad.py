@@ -45,17 +45,17 @@ def adagrad(
       \text{norm} &\leftarrow \text{norm} + d^2 \\
       w &\leftarrow w - \text{learning\_rate} \cdot d / \sqrt{\text{norm}}
 
-    Where `norm` is 0 the parameter stays as it is; Monolith divides 0 by 0 there.
+    Where `norm` is 0, the parameter does not change; Monolith divides 0 by 0 there.
 
     Args:
       learning_rate: a number, a scalar array, or a schedule, which is given the count
         of steps taken before this one.
-      initial_accumulator_value: what `norm` begins with; not negative.
+      initial_accumulator_value: what `norm` starts with; not negative.
       weight_decay_factor: coupled weight decay (L2), not negative. Unless it is the
         number 0, `update` needs params.
-      bug_compatible: whether weight decay is applied as Monolith's AVX kernel does: in
+      bug_compatible: whether to apply weight decay as Monolith's AVX kernel does. In
         the first `8 * (dim // 8)` columns of a row it enters `norm` but not the step,
-        so that these weights never decay.
+        so these weights never decay.
 
     Returns:
       An `optax.GradientTransformationExtraArgs` whose state is an `AdagradState`.

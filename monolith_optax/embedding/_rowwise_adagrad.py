@@ -19,8 +19,8 @@ class RowwiseAdagradState(NamedTuple):
 
     Attributes:
       count: int32 scalar, the steps taken so far; it drives a schedule.
-      sum_square: the sum of mean squared gradients, an array of shape `(rows,)` for
-        each parameter.
+      sum_square: the sum of mean squared gradients, an array of shape `(num_rows,)`
+        for each parameter.
     """
 
     count: jax.Array  # type: ignore[assignment]  # tuple.count gives way
@@ -79,8 +79,8 @@ def rowwise_adagrad(
        [0.9  0.9 ]]
 
     References:
-      `EXACT_ROWWISE_ADAGRAD` of `FBGEMM <https://github.com/pytorch/FBGEMM>`_, whose
-      arguments and defaults these are; its weight decay of mode L2.
+      `EXACT_ROWWISE_ADAGRAD` of `FBGEMM <https://github.com/pytorch/FBGEMM>`_, with the
+      same arguments and defaults. Weight decay is that of its mode L2.
     """
 
     def rule(
@@ -94,7 +94,7 @@ def rowwise_adagrad(
         del w
         columns = tuple(range(1, d.ndim))
         sum_square = slots.sum_square + jnp.mean(d * d, axis=columns, keepdims=True)
-        # Only where d is 0 too can this be 0, and there its root has no derivative.
+        # This is 0 only where d is 0, and the root has no derivative at 0.
         root = jnp.sqrt(jnp.where(sum_square > 0, sum_square, 1))
         step = learning_rate * d / (root + eps)
         return -step, slots._replace(sum_square=sum_square)

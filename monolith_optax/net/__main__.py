@@ -52,12 +52,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = asyncio.run(command(addresses, args))
         if sys.stdout is not None:
             sys.stdout.flush()
-    except BrokenPipeError:
-        # Nobody reads the output: end quietly, also when Python flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return FAILED
     except OSError as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
+        if not isinstance(error, BrokenPipeError):  # nobody reads the output
+            print(f"{parser.prog}: {error}", file=sys.stderr)
+        _discard_output()
         return FAILED
     except Exception:
         # Python's own status for this, 1, would say that nodes are down.
@@ -66,6 +64,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     return status
+
+
+def _discard_output() -> None:
+    """What could not be written would fail again when Python flushes it at exit."""
+    with contextlib.suppress(OSError):  # not a file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _parser() -> argparse.ArgumentParser:

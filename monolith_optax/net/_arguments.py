@@ -33,10 +33,14 @@ def check_positive(**numbers: float) -> None:
             raise ValueError(f"{name} must be a positive number, but it is {number!r}.")
 
 
-def check_at_least_one(**numbers: int | None) -> None:
-    """None is accepted where the function has a default of its own for it."""
+def check_at_least_one(**numbers: int) -> None:
     for name, number in numbers.items():
-        if number is not None and (not isinstance(number, int) or number < 1):
+        if not isinstance(number, int) or number < 1:
             raise ValueError(
-                f"{name} must be None or at least 1, but it is {number!r}."
+                f"{name} must be a whole number, at least 1, but it is {number!r}."
             )
+
+
+def check_bound(**numbers: int | None) -> None:
+    # None stands for no bound but that of the system.
+    check_at_least_one(**{name: n for name, n in numbers.items() if n is not None})

@@ -80,10 +80,7 @@ class TcpConnector:
             (family, (sockaddr[0], port, *sockaddr[2:]))
             for family, sockaddr in _interleaved(found)
         ]
-        # The last of many addresses needs time to answer, too.
-        left = end - asyncio.get_running_loop().time()
-        delay = min(ATTEMPT_DELAY, left / (len(addresses) + 1))
-        await _connect_to_any(addresses, delay, sockets)
+        await _connect_to_any(addresses, end, sockets)
 
 
 def attempt(
@@ -176,15 +173,17 @@ def _interleaved(addresses: list[SocketAddress]) -> list[SocketAddress]:
     return [address for turn in turns for address in turn if address is not None]
 
 
-# Happy Eyeballs (RFC 8305): attempts start one after the other, each `delay` seconds
-# after the one before or as soon as that has failed, and run beside each other until
-# one succeeds. So an address that never answers costs one delay, not the timeout, and
+# Happy Eyeballs (RFC 8305): attempts start one after the other, each with a head start
+# over the next that ends early if it fails, and run beside each other until one
+# succeeds. So an address that never answers costs one head start, not the timeout, and
 # a slow address still wins if all others are silent. The RFC has no bound on open
 # sockets. We have one: an attempt takes another socket only if nobody waits for it,
-# and otherwise the oldest attempt gives up its own.
+# and otherwise the oldest attempt gives up its own. Nor has it a timeout: ours is
+# shared out so that the last of many addresses still has two head starts to answer.
 async def _connect_to_any(
-    addresses: list[SocketAddress], delay: float, sockets: asyncio.Semaphore
+    addresses: list[SocketAddress], end: float, sockets: asyncio.Semaphore
 ) -> None:
+    clock = asyncio.get_running_loop().time
     waiting = list(reversed(addresses))
     running: list[asyncio.Future[OSError | None]] = []
     errors: list[OSError] = []
@@ -198,9 +197,10 @@ async def _connect_to_any(
                     await sockets.acquire()  # at once, since it is not locked
                     held += 1
                 running.append(attempt(waiting.pop()))
+            head_start = min(ATTEMPT_DELAY, (end - clock()) / (len(waiting) + 2))
             done, _ = await asyncio.wait(
                 running,
-                timeout=delay if waiting else None,
+                timeout=head_start if waiting else None,
                 return_when=asyncio.FIRST_COMPLETED,
             )
             running = [one for one in running if one not in done]

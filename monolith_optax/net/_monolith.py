@@ -3,7 +3,7 @@
 from collections.abc import Collection, Iterable
 from typing import Any
 
-from monolith_optax.net._arguments import check_at_least_one, check_iterable
+from monolith_optax.net._arguments import check_bound, check_iterable
 from monolith_optax.net._blocking import run_to_end
 from monolith_optax.net._report import NodeReport
 from monolith_optax.net._round import check_nodes
@@ -44,7 +44,7 @@ class NodeAliveChecker:
         self._addrs = addrs if isinstance(addrs, Collection) else list(addrs)
         self._timeout = timeout
         self._num_thread = num_thread
-        check_at_least_one(num_thread=num_thread)
+        check_bound(num_thread=num_thread)
         self.check()
 
     def check(self) -> NodeReport:

@@ -12,11 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from monolith_optax.net._address import Address
-from monolith_optax.net._arguments import (
-    check_at_least_one,
-    check_positive,
-    targets_of,
-)
+from monolith_optax.net._arguments import check_bound, check_positive, targets_of
 from monolith_optax.net._connect import Connector, TcpConnector, attempt, cancel
 from monolith_optax.net._probe import NodeStatus, Target, probe, status_of
 from monolith_optax.net._reason import Reason
@@ -71,7 +67,7 @@ to 65535, not '99999'.)
     """
     targets = targets_of(addrs)
     check_positive(timeout=timeout)
-    check_at_least_one(max_concurrency=max_concurrency)
+    check_bound(max_concurrency=max_concurrency)
     async with own_or(connector) as connect:
         return await probe_all(targets, timeout, max_concurrency, connect)
 
@@ -143,15 +139,14 @@ class _Round:
         await self.sockets.acquire()
         start = self.clock()
         timeout = min(self.timeout, self.end - start)
-        running: asyncio.Future[Any]
-        # Another class may have a way of its own to connect.
+        # A subclass may connect in its own way.
         if numeric is not None and type(self.connector) is TcpConnector:
-            running = attempt(numeric, timeout)
-            running.add_done_callback(partial(self.settle, given, start, timeout))
-            self.attempts.append(running)
+            outcome = attempt(numeric, timeout)
+            outcome.add_done_callback(partial(self.settle, given, start, timeout))
+            self.attempts.append(outcome)
         else:
-            running = tasks.create_task(self.in_task(given, address, timeout))
-        running.add_done_callback(self.release)
+            task = tasks.create_task(self.in_task(given, address, timeout))
+            task.add_done_callback(self.release)
 
     async def in_task(self, given: Any, address: Address, timeout: float) -> None:
         self.statuses[given] = await probe(
@@ -165,11 +160,12 @@ class _Round:
         timeout: float,
         outcome: asyncio.Future[OSError | None],
     ) -> None:
+        self.release()
         if not outcome.cancelled():
             latency = self.clock() - start
             self.statuses[given] = status_of(given, outcome.result(), latency, timeout)
 
-    def release(self, _: object) -> None:
+    def release(self, _: object = None) -> None:
         self.probes.release()
         self.sockets.release()
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from monolith_optax.net._arguments import (
     check_at_least_one,
+    check_bound,
     check_positive,
     targets_of,
 )
@@ -60,7 +61,7 @@ async def wait_for_nodes(
     """
     targets = targets_of(addrs)
     check_positive(deadline=deadline, timeout=timeout)
-    check_at_least_one(max_concurrency=max_concurrency)
+    check_bound(max_concurrency=max_concurrency)
     clock = asyncio.get_running_loop().time
     end = clock() + deadline
     latest: dict[Any, NodeStatus] = {}
@@ -139,7 +140,7 @@ def watch_nodes(
     """
     targets = targets_of(addrs)
     check_positive(interval=interval, timeout=timeout)
-    check_at_least_one(max_concurrency=max_concurrency)
+    check_bound(max_concurrency=max_concurrency)
     check_at_least_one(
         failure_threshold=failure_threshold, success_threshold=success_threshold
     )

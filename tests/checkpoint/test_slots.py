@@ -160,14 +160,19 @@ def test_all_mismatches_at_once():
     with pytest.raises(ValueError, match="nothing was imported") as info:
         import_slots(tensors, zeros(), state)
     lines = [line.strip() for line in str(info.value).splitlines()[1:]]
-    leaf = "but the leaf that it is for has dtype float32 and shape"
-    name = "item_embedding/Adamom/m"
+    expected = "expected an array of dtype float32 and shape"
     assert sorted(lines) == [
         "beta1_power is left over.",
         "global_step is missing.",
-        f"{name} is of dtype float64 and shape (10, 2), {leaf} (10, 2).",
+        (
+            f"item_embedding/Adamom/m: {expected} (10, 2), "
+            "got an array of dtype float64 and shape (10, 2)."
+        ),
         "mlp/dense/bias/Adamom/v is missing.",
-        f"mlp/dense/kernel is of dtype float32 and shape (3, 4), {leaf} (4, 3).",
+        (
+            f"mlp/dense/kernel: {expected} (4, 3), "
+            "got an array of dtype float32 and shape (3, 4)."
+        ),
     ]
 
 
@@ -205,8 +210,8 @@ def test_states_that_cannot_be_imported():
     tensors = truth("adamom", 6)
     params = zeros()
     for tx, problem in {
-        optax.adam(0.1): "must hold that of an optimizer of monolith_optax",
-        optax.flatten(adamom()): r"slots of \[''\].*optax.flatten",
+        optax.adam(0.1): "must contain the state of an optimizer of monolith_optax",
+        optax.flatten(adamom()): r"slots for \[''\].*optax.flatten",
         optax.chain(adamom(), adamom()): "same name.*item_embedding/Adamom/m",
     }.items():
         with pytest.raises(ValueError, match=problem):

@@ -148,6 +148,6 @@ def test_convert_there_and_back(tmp_path):
     assert_same(read_tensorflow(back), truth("adamom", 6))
     again = run("convert", prefix("adamom"), there)
     assert again.returncode == 3
-    assert "exists already" in again.stderr
+    assert "already exists" in again.stderr
     folder = run("convert", FOLDER / "adamom", tmp_path / "other")
     assert "give a prefix, such as" in folder.stderr

@@ -53,6 +53,6 @@ def test_train_word2vec_quickly(tmp_path):
     result = run("train_word2vec.py", "--quick", "--plot", picture)
     assert result.returncode == 0, result.stderr
     for name in ("row-sparse", "dense"):
-        assert re.search(rf"{name}: +[\d,]+ words a second", result.stdout)
+        assert re.search(rf"{name}: +[\d,]+ words per second", result.stdout)
     assert "loss=" in result.stderr
     assert picture.read_bytes().startswith(b"\x89PNG")

@@ -20,22 +20,24 @@ class _JumpingSelector(selectors.DefaultSelector):
         events = super().select(0)
         if not events:
             assert timeout is not None, "everything waits for nothing"
-            self.clock.now += max(timeout, 0)
+            self.clock.now += timeout + self.clock.lateness if timeout > 0 else 0
         return events
 
 
 class VirtualLoop(asyncio.SelectorEventLoop):
-    def __init__(self):
-        self.now = 0.0
+    """`lateness`: seconds by which every wait lasts too long, as on a busy machine."""
+
+    def __init__(self, lateness):
+        self.now, self.lateness = 0.0, lateness
         super().__init__(_JumpingSelector(self))
 
     def time(self):
         return self.now
 
 
-def run_virtually(coroutine):
+def run_virtually(coroutine, lateness=0.0):
     """Runs a coroutine on a virtual clock; returns its result and the seconds."""
-    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
+    with asyncio.Runner(loop_factory=lambda: VirtualLoop(lateness)) as runner:
         result = runner.run(coroutine)
         return result, runner.get_loop().time()
 

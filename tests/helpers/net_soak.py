@@ -5,6 +5,7 @@ random, a tenth have names that a slow name server knows, and one is beyond a ca
 that is cut and mended. The rest never go down. Prints what it saw as JSON.
 """
 
+import asyncio
 import collections
 import contextlib
 import json
@@ -18,9 +19,9 @@ import time
 
 from net_cable import set_cable
 
-INTERVAL, TIMEOUT = 0.5, 1.0
-ROUNDS_TO_NOTICE = 8.0  # seconds: a node stays up or down at least that long
-QUIET = 15.0  # seconds at the end in which nothing changes
+# Seconds. On a busy machine, too, a name server must not look dead.
+INTERVAL, TIMEOUT, SLOWEST_ANSWER = 0.5, 5.0, 0.5
+STEADY = 25.0  # a node stays up or down at least that long, and in the end everybody
 NAME_SERVER = "127.0.0.53"
 WATCH = """
 import asyncio, json, os, resource, sys, time
@@ -54,7 +55,7 @@ class Node:
     """A listening socket that can be killed and restarted."""
 
     def __init__(self, ip, port, name=None):
-        self.place = ip, port
+        self.socket_address = ip, port
         self.address = f"{name or ip}:{port}"
         self.times = collections.Counter({True: 0, False: 0})  # it came up, went down
         self.changed = 0.0
@@ -65,7 +66,8 @@ class Node:
         up = self.server is None
         self.times[up] += 1  # before anybody can see it
         if up:
-            self.server = socket.create_server(self.place)
+            self.server = socket.create_server(self.socket_address)
+            self.server.setblocking(False)
         else:
             self.server.close()
             self.server = None
@@ -74,6 +76,12 @@ class Node:
     @property
     def up(self):
         return self.server is not None
+
+    def accept(self):
+        """Empties the queue of connections: a node whose queue is full is silent."""
+        with contextlib.suppress(BlockingIOError):
+            while self.up:
+                self.server.accept()[0].close()
 
 
 class Distant:
@@ -92,10 +100,13 @@ class Distant:
         self.changed = time.monotonic()
 
 
-def answer_names(server):
-    """A name server: n7.soak is 127.3.0.7, and every answer comes late."""
-    while True:
-        question, client = server.recvfrom(512)
+class NameServer(asyncio.DatagramProtocol):
+    """Says that n7.soak is 127.3.0.7, late."""
+
+    def connection_made(self, transport):
+        self.transport = transport
+
+    def datagram_received(self, question, client):
         end = question.index(0, 12) + 5
         number = int(question[13 : 13 + question[12]].decode().removeprefix("n"))
         is_ipv4 = question[end - 4 : end - 2] == b"\0\1"
@@ -104,8 +115,17 @@ def answer_names(server):
             [127, 3, number // 250, number % 250 + 1]
         )
         reply = header + question[12:end] + record * is_ipv4
-        delay = random.uniform(0, TIMEOUT / 4)
-        threading.Timer(delay, server.sendto, [reply, client]).start()
+        delay = random.uniform(0, SLOWEST_ANSWER)
+        asyncio.get_running_loop().call_later(
+            delay, self.transport.sendto, reply, client
+        )
+
+
+async def answer_names():
+    await asyncio.get_running_loop().create_datagram_endpoint(
+        NameServer, (NAME_SERVER, 53)
+    )
+    await asyncio.Event().wait()
 
 
 def main(seconds, count, there):
@@ -119,9 +139,9 @@ def main(seconds, count, there):
     ]
     mortals = [*named[::2], *numbered[: count // 10], Distant(there)]
     nodes = {node.address: node for node in [*named, *numbered, mortals[-1]]}
-    name_server = socket.socket(type=socket.SOCK_DGRAM)
-    name_server.bind((NAME_SERVER, 53))
-    threading.Thread(target=answer_names, args=[name_server], daemon=True).start()
+    name_server = threading.Thread(target=asyncio.run, args=[answer_names()])
+    name_server.daemon = True
+    name_server.start()
 
     command = [sys.executable, "-c", WATCH, str(INTERVAL), str(TIMEOUT), *nodes]
     watch = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
@@ -130,11 +150,20 @@ def main(seconds, count, there):
     reader.start()
     end = time.monotonic() + seconds
     rng = random.Random(seconds)
+    accepted = 0.0
     while (now := time.monotonic()) < end:
-        ready = [n for n in mortals if now - n.changed > ROUNDS_TO_NOTICE]
-        if ready and now < end - QUIET:
-            rng.choice(ready).toggle()
-        time.sleep(rng.expovariate(len(mortals) / (2 * ROUNDS_TO_NOTICE)))
+        if now > accepted + 1.0:
+            accepted = now
+            for node in [*named, *numbered]:
+                node.accept()
+        if now < end - STEADY:
+            ready = [n for n in mortals if now - n.changed > STEADY]
+            changing = rng.sample(ready, min(1, len(ready)))
+        else:  # all come up: then there are pauses between rounds, with no file open
+            changing = [n for n in mortals if not n.up]
+        for node in changing:
+            node.toggle()
+        time.sleep(rng.expovariate(len(mortals) / STEADY))
     watch.kill()
     reader.join()
     watch.wait()

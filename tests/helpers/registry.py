@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import optax
-import pytest
 
 import monolith_optax
 from monolith_optax import adamom, embedding, rmsprop
@@ -204,9 +203,9 @@ class Variant:
 
     def make(self, **options: Any) -> optax.GradientTransformationExtraArgs:
         """The transformation."""
-        if self.takes("learning_rate"):
-            options = {"learning_rate": self.row.learning_rate} | self.options | options
-        return self.optimizer(**options)
+        takes_rate = self.row.learning_rate is not None
+        rate = {"learning_rate": self.row.learning_rate} if takes_rate else {}
+        return self.optimizer(**rate | self.options | options)
 
 
 VARIANTS = {
@@ -214,14 +213,3 @@ VARIANTS = {
     for name, row in ROWS.items()
     for variant, options in row.variants.items()
 }
-
-
-def only(holds: Callable[[Variant], object]) -> pytest.MarkDecorator:
-    """Runs a test on the optimizers of which something holds."""
-    chosen = [key for key, variant in VARIANTS.items() if holds(variant)]
-    return pytest.mark.parametrize("variant", chosen, indirect=True)
-
-
-def with_argument(name: str) -> pytest.MarkDecorator:
-    """Runs a test only on the optimizers that have this argument."""
-    return only(lambda variant: variant.takes(name))

@@ -5,7 +5,7 @@ import json
 import socket
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from monolith_optax import net
@@ -47,6 +47,7 @@ def test_bad_addresses_are_named(text):
     assert repr(text) in str(error.value)
 
 
+@settings(suppress_health_check=[HealthCheck.too_slow])  # it looks at the clock
 @given(st.ip_addresses(), st.integers(1, 65535))
 def test_joining_and_parsing_are_inverse(ip, port):
     assert net.parse_address(net.concat_ip_and_port(str(ip), port)) == (str(ip), port)

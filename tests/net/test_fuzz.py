@@ -1,11 +1,15 @@
-"""Addresses and TF_CONFIG that nobody would write: parsed rightly, or a ValueError."""
+"""Addresses and TF_CONFIG that nobody would write: parsed rightly, or a ValueError.
+
+Longer by hand: NET_FUZZ_INPUTS=1000000 pytest -m slow --timeout 0 THIS_FILE
+"""
 
 import ipaddress
 import json
+import os
 import random
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from monolith_optax.net import (
@@ -26,6 +30,9 @@ CLUSTERS = [
     '{"cluster": {"worker": {"0": "a:1"}}}', '{"cluster": null}', "[" * 100_000,
     '{"cluster": {"ps": [1e999, NaN]}}', "1" * 5000, '"\\ud800"',
 ]  # fmt: skip
+MANY = pytest.param(
+    int(os.environ.get("NET_FUZZ_INPUTS", "100000")), marks=pytest.mark.slow
+)
 NASTY = [
     *"[]{}:%.,-_\"'\\/@ \n\r\t\0\x1b\x7f019afx", "::", "null", "\ud800", "\ufeff",
     "٣", "\uff11", "。", "é", "ß", "\u200b", "\u202e", "😀", "a" * 64, "1" * 300,
@@ -76,30 +83,33 @@ def mutations(seeds, count, seed=0):
         yield text
 
 
+@settings(suppress_health_check=[HealthCheck.too_slow])
 @given(st.text() | st.text(alphabet="[]:%.019afx-_é\0"))
 def test_any_text_as_an_address(text):
     check_address(text)
 
 
+@settings(suppress_health_check=[HealthCheck.too_slow])  # it looks at the clock
 @given(
     st.text()
     | st.recursive(
         st.none() | st.booleans() | st.floats() | st.text(),
         lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+        max_leaves=10,
     ).map(lambda value: json.dumps({"cluster": value}))
 )
 def test_any_text_as_a_cluster(text):
     check_cluster(text)
 
 
-@pytest.mark.parametrize("count", [2000, pytest.param(10**6, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [2000, MANY])
 def test_mutated_addresses(count):
     for text in mutations(ADDRESSES, count):
         check_address(text)
         assert len(read_addresses([text])) <= 1
 
 
-@pytest.mark.parametrize("count", [500, pytest.param(10**6, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [500, MANY])
 def test_mutated_clusters(count):
     for text in mutations(CLUSTERS, count):
         check_cluster(text)

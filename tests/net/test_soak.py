@@ -12,7 +12,7 @@ import net_soak
 import pytest
 from net_cable import HERE, THERE, NoNamespacesError, two_hosts
 
-SECONDS = float(os.environ.get("NET_SOAK_SECONDS", "45"))
+SECONDS = float(os.environ.get("NET_SOAK_SECONDS", "60"))
 NODES = int(os.environ.get("NET_SOAK_NODES", "200"))
 
 
@@ -30,11 +30,11 @@ def test_watching_nodes_that_come_and_go():
     except NoNamespacesError as error:
         pytest.skip(str(error))
     found = json.loads(result.stdout)
-    print(found)
+    print({k: v[:9] if isinstance(v, list) else v for k, v in found.items()})
     assert result.stderr == ""
-    assert found["changes"] > NODES
-    assert found["transitions"] > NODES
-    assert found["false transitions"] == []
-    assert found["wrong at the end"] == []
+    assert found["changes"] > found["nodes"]  # each came up once
+    assert found["transitions"] > found["nodes"]
+    assert found["false transitions"][:9] == []
+    assert found["wrong at the end"][:9] == []
     assert found["tasks gained"] == found["files gained"] == 0
     assert found["kilobytes gained"] < 1024

@@ -10,7 +10,7 @@ import random
 import socket
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from net_doubles import REFUSED, Addresses, Late, Nodes, run_virtually
 
@@ -298,6 +298,7 @@ def test_local_faults_count_neither_way_when_watching():
     assert watch(nodes, 100, interval=10.0) == [(0.0, "a", True)]
 
 
+@settings(suppress_health_check=[HealthCheck.too_slow])  # it looks at the clock
 @given(st.lists(st.booleans(), max_size=30), st.integers(1, 4), st.integers(1, 4))
 def test_thresholds_against_a_model(history, failures, successes):
     nodes = Nodes(a=lambda now: 0.0 if history[round(now)] else REFUSED)
@@ -341,7 +342,7 @@ def test_closing_a_watch_ends_it():
 def check_name(monkeypatch):
     """Checks a name of made-up addresses: returns its status."""
 
-    def check_name(addresses, *, timeout=1.0, sockets=None):
+    def check_name(addresses, *, timeout=1.0, sockets=None, lateness=0.0):
         monkeypatch.setattr(_connect, "attempt", addresses.attempt)
         if sockets is not None:
             monkeypatch.setattr(_round, "_descriptors_left", lambda: sockets)
@@ -352,7 +353,7 @@ def check_name(monkeypatch):
                     ["name:80"], timeout=timeout, connector=connector
                 )
 
-        [status] = run_virtually(run())[0].results
+        [status] = run_virtually(run(), lateness)[0].results
         assert addresses.running == 0
         assert {address[1] for address, _ in addresses.attempts} <= {80}
         return status
@@ -389,6 +390,11 @@ def test_any_number_of_silent_addresses_hides_no_live_one(
     name = Addresses(behaviours | {"10.0.0.1": 0.9 * left}, lookup_seconds)
     assert check_name(name, sockets=sockets).alive
     assert name.most_running <= sockets
+
+
+def test_head_starts_that_last_too_long_hide_no_live_address(check_name):
+    silent = dict.fromkeys((f"10.0.1.{i}" for i in range(8)), SILENT)
+    assert check_name(Addresses(silent | {"10.0.0.1": 0.01}), lateness=0.03).alive
 
 
 def test_a_slow_address_beside_silent_ones_is_waited_for(check_name):
@@ -469,6 +475,11 @@ BAD_USE = [
     ),
     (
         lambda: watch_nodes([], interval=1, success_threshold=0),
+        ValueError,
+        "success_threshold",
+    ),
+    (
+        lambda: watch_nodes([], interval=1, success_threshold=None),
         ValueError,
         "success_threshold",
     ),

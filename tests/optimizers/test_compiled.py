@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from registry import only
+from choosing import only
 
 SIZE = 100_000
 

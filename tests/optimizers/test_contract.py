@@ -11,8 +11,9 @@ import numpy as np
 import optax
 import pytest
 from absl.testing import parameterized
+from choosing import only, with_argument
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from registry import ROWS, VARIANTS, only, with_argument
+from registry import ROWS, VARIANTS
 
 import monolith_optax
 from monolith_optax import embedding

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from choosing import only, with_argument
 from jax.experimental import sparse
-from registry import ROWS, only, with_argument
+from registry import ROWS
 
 from monolith_optax import RowSlices, adamom
 
@@ -100,9 +101,8 @@ def test_trees_of_the_same_paths_and_another_type(variant):
         lambda n: ([(jax.tree_util.DictKey(k), n[k]) for k in sorted(n)], None),
         lambda _, leaves: Node(zip(("b", "w"), leaves, strict=True)),
     )
-    assert_refused(
-        variant.make(), {"mlp": Node(PARAMS["mlp"])}, PARAMS, "Node", "PyTree"
-    )
+    fragments = "gradients: expected the structure PyTree", "got PyTree", "Node"
+    assert_refused(variant.make(), {"mlp": Node(PARAMS["mlp"])}, PARAMS, *fragments)
 
 
 @only(lambda variant: variant.row.needs_params)
@@ -188,7 +188,7 @@ def test_slots_that_do_not_match(variant):
     slot = state._fields[1]
     shape = getattr(state, slot)["mlp"]["w"].shape
     wrong = state._replace(**{slot: grads(w=jnp.ones((1, *shape)))})
-    with raises("Gradients, params and state do not belong together", str(shape)):
+    with raises("Gradients, params and state do not match", str(shape)):
         tx.update(PARAMS, wrong, PARAMS)
 
 

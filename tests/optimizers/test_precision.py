@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from registry import VARIANTS, with_argument
+from choosing import with_argument
+from registry import VARIANTS
 
 
 @pytest.mark.parametrize("name", [name for name in VARIANTS if "adamom" in name])

@@ -36,7 +36,6 @@ ELEMENTWISE = {
 MIXING = {
     "adafactor": lambda: optax.adafactor(0.1, min_dim_size_to_factor=2),
     "sm3": lambda: optax.sm3(0.1),
-    "novograd": lambda: optax.novograd(0.1),
     "lamb": lambda: optax.lamb(0.1),
     "lars": lambda: optax.lars(0.1),
     "fromage": lambda: optax.fromage(0.1),
@@ -46,7 +45,6 @@ MIXING = {
     "dowg": lambda: optax.contrib.dowg(1.0),
     "dog": lambda: optax.contrib.dog(1.0),
     "adaptive_grad_clip": lambda: optax.adaptive_grad_clip(0.1),
-    "clip_by_block_rms": lambda: optax.clip_by_block_rms(1.0),
     "flatten": lambda: optax.flatten(optax.adam(0.1)),
     "MultiSteps": lambda: optax.MultiSteps(adamom(0.1), 2),
 }

@@ -1,5 +1,7 @@
 """Row-sparse training of tables sharded over eight devices, against one device."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -117,3 +119,58 @@ def test_slices_of_an_explicit_mesh_add_to_a_table():
     assert total.sharding.is_equivalent_to(shard, 2)
     assert total[:, 0].tolist() == [0, 3, 1, 1, 0, 0, 0, 1]
     assert slices.to_dense(8)[:, 1].tolist() == [0, 3, 1, 1, 0, 0, 0, 1]
+
+
+def on_whole_tables(constrain):
+    """An optimizer that says where whole tables and slots are to be."""
+
+    def update(gradients, slot, params):
+        slot = jax.tree.map(
+            lambda s, g: constrain(0.9 * s + constrain(g**2)), slot, gradients
+        )
+        scale = sum(jnp.sum(g**2) for g in jax.tree.leaves(gradients))
+        updates = jax.tree.map(
+            lambda g, s, p: -g / jnp.sqrt(s + scale) + constrain(jnp.full_like(p, 0.1)),
+            gradients,
+            slot,
+            params,
+        )
+        return updates, slot
+
+    init = functools.partial(jax.tree.map, jnp.zeros_like)
+    return optax.GradientTransformation(init, update)
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+def test_shardings_in_an_optimizer_are_those_of_whole_tables(axis_type):
+    """No axis of the mesh divides the number of ids."""
+    params = {"table": jnp.arange(8.0 * NUM_ROWS).reshape(NUM_ROWS, 8)}
+    ids = jnp.array([3, 5, 3, -1, 63])
+    rows = jnp.asarray(np.random.default_rng(0).normal(size=(5, 8)))
+    tx = lazy_rows(on_whole_tables(lambda x: x))
+    expected = tx.update({"table": RowSlices(ids, rows)}, tx.init(params), params)
+
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(axis_type,) * 2)
+    by_both = NamedSharding(mesh, PartitionSpec("x", "y"))
+    constrain = {
+        AxisType.Auto: lambda x: jax.lax.with_sharding_constraint(x, by_both),
+        AxisType.Explicit: lambda x: jax.sharding.reshard(x, PartitionSpec("x", "y")),
+    }[axis_type]
+    tx = lazy_rows(on_whole_tables(constrain))
+    with jax.set_mesh(mesh):
+        params = jax.device_put(jax.device_get(params), by_both)
+        state = tx.init(params)
+        place = NamedSharding(mesh, PartitionSpec())
+        slices = jax.device_put(RowSlices(ids, rows), place)
+        updates, new_state = jax.jit(tx.update)({"table": slices}, state, params)
+        total = params["table"] + updates["table"]
+    assert jax.typeof(new_state["table"]) == jax.typeof(state["table"])
+    np.testing.assert_allclose(
+        jax.device_get(new_state["table"]), expected[1]["table"], rtol=1e-12
+    )
+    np.testing.assert_allclose(
+        jax.device_get(total) - jax.device_get(params["table"]),
+        expected[0]["table"].to_dense(NUM_ROWS),
+        rtol=1e-9,
+        atol=1e-11,
+    )

@@ -1,0 +1,168 @@
+"""Traced programs: the words that value_and_row_grad and lazy_rows share.
+
+Of the package only this module knows how `jax.extend` spells the parts of a program,
+which differs between versions of JAX.
+"""
+
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+from jax.extend import core, source_info_util
+
+Value = TypeVar("Value")
+Program = core.ClosedJaxpr
+Equation = core.JaxprEqn
+
+# Primitives that call a program on their operands and give back what it gives. The two
+# that carry derivative rules of their own are apart: who runs their program instead
+# loses the rules.
+CALLS = frozenset(
+    {"jit", "pjit", "closed_call", "core_call", "call"}
+    | {"checkpoint", "remat", "remat2"}
+)
+CUSTOM_DERIVATIVES = frozenset(
+    ["custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"]
+)
+
+
+def trace(function: Callable[..., Any], *args: Any) -> tuple[Program, Any]:
+    """The program of a function, and the tree of types that it returns.
+
+    Arguments may be types themselves (`jax.typeof`). The program's operands are the
+    leaves of the arguments, its results the leaves of the tree.
+    """
+    program, results = jax.make_jaxpr(function, return_shape=True)(*args)
+    return program, results
+
+
+def interpret(
+    program: Program,
+    operands: Sequence[Value],
+    step: Callable[[Equation, list[Value]], Sequence[Value]],
+    constant: Callable[[Any], Value],
+) -> list[Value]:
+    """Runs a program in values of another kind.
+
+    Args:
+      program: the program.
+      operands: its operands.
+      step: gives the results of one equation, from those of its operands.
+      constant: makes a value of an array or number that is part of the program.
+    """
+    jaxpr = program.jaxpr
+    values: dict[Any, Value] = dict(
+        zip(jaxpr.constvars, map(constant, program.consts), strict=True)
+    )
+    values.update(zip(jaxpr.invars, operands, strict=True))
+
+    def read(atom: Any) -> Value:
+        return constant(atom.val) if isinstance(atom, core.Literal) else values[atom]
+
+    for equation in jaxpr.eqns:
+        results = step(equation, [read(atom) for atom in equation.invars])
+        values.update(zip(equation.outvars, results, strict=True))
+    return [read(atom) for atom in jaxpr.outvars]
+
+
+def bind(equation: Equation, operands: Sequence[Any], **changed: Any) -> list[Any]:
+    """Applies an equation to other operands, where it stands in the user's source.
+
+    Args:
+      equation: the equation.
+      operands: its new operands.
+      **changed: parameters of the equation that get another value.
+    """
+    primitive, source = equation.primitive, equation.source_info
+    params = primitive.get_bind_params({**equation.params, **changed})
+    functions, params = params if isinstance(params, tuple) else ((), params)
+    names = source_info_util.current_name_stack() + source.name_stack
+    with (
+        source_info_util.user_context(source.traceback, name_stack=names),
+        equation.ctx.manager,
+    ):
+        results = primitive.bind(*functions, *operands, **params)
+    return list(results) if primitive.multiple_results else [results]
+
+
+def type_of(atom: core.Var | core.Literal) -> Any:
+    """The type of an operand or result of an equation."""
+    return atom.aval
+
+
+def source_line(equation: Equation, *callers: Equation) -> str:
+    """The operation and the user's line that it comes from: 'mul at model.py:41'.
+
+    In JAX's own functions operations may know no line; it then is that of a caller.
+    """
+    name = str(equation.primitive.name)
+    for each in (equation, *callers):
+        place, _, _ = source_info_util.summarize(each.source_info).partition(" (")
+        file, *numbers = place.rsplit(":", 2)
+        if numbers:
+            return f"{name} at {pathlib.PurePath(file).name}:{numbers[0]}"
+    return name
+
+
+def called_program(equation: Equation) -> Program | None:
+    """The program that a call runs on its operands, with its rules of derivatives."""
+    if equation.primitive.name not in CALLS | CUSTOM_DERIVATIVES:
+        return None
+    [program] = [
+        equation.params[name]
+        for name in ("jaxpr", "call_jaxpr", "fun_jaxpr")
+        if name in equation.params
+    ]
+    return closed(program)
+
+
+def closed(program: Any) -> Program:
+    """A program with its constants, of which some primitives hold none."""
+    return program if hasattr(program, "consts") else core.ClosedJaxpr(program, ())
+
+
+def branches(equation: Equation) -> list[Program]:
+    """The programs of a `cond`; its first operand is the index of one of them."""
+    return [closed(branch) for branch in equation.params["branches"]]
+
+
+class Scan(NamedTuple):
+    """The body of a `scan`, whose operands are constants, carry, and slices."""
+
+    body: Program
+    num_consts: int
+    num_carry: int
+
+
+def scan_parts(equation: Equation) -> Scan:
+    """The parts of a `scan`."""
+    params = equation.params
+    if "num_consts" in params:
+        num_consts, num_carry = params["num_consts"], params["num_carry"]
+    else:  # since JAX 0.12
+        num_consts, num_carry, _ = map(len, params["ft_in"].unpack())
+    return Scan(closed(params["jaxpr"]), num_consts, num_carry)
+
+
+class While(NamedTuple):
+    """The programs of a `while`.
+
+    Its operands are the constants of the condition, those of the body, and the carry.
+    """
+
+    condition: Program
+    body: Program
+    num_condition_consts: int
+    num_body_consts: int
+
+
+def while_parts(equation: Equation) -> While:
+    """The parts of a `while`."""
+    params = equation.params
+    return While(
+        closed(params["cond_jaxpr"]),
+        closed(params["body_jaxpr"]),
+        params["cond_nconsts"],
+        params["body_nconsts"],
+    )

@@ -1,0 +1,121 @@
+"""The oracle of row-sparse steps: dense steps, with untouched rows put back."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from monolith_optax import RowSlices, lazy_rows
+
+NUM_ROWS, DIM = 41, 3
+# With duplicates, padding on both sides, and a row twice at the same position.
+IDS = [[3, 5, 3, -1], [5, 7, NUM_ROWS, 7], [3, 3, 3, 3], [0, NUM_ROWS - 1, 5, -7]]
+
+
+def parameters(dtype="float64"):
+    """A table and a dense leaf."""
+    rng = np.random.default_rng(1)
+    return {
+        "table": jnp.asarray(rng.normal(size=(NUM_ROWS, DIM)), dtype),
+        "dense": jnp.asarray(rng.normal(size=2), dtype),
+    }
+
+
+def batches(scale=1.0, dtype="float64", ids=IDS):
+    """Gradients of a few steps; rows of padding are NaN."""
+    rng = np.random.default_rng(0)
+    for some in map(np.array, ids):
+        rows = scale * rng.normal(size=(*some.shape, DIM))
+        rows[(some < 0) | (some >= NUM_ROWS)] = np.nan
+        slices = RowSlices(jnp.asarray(some, "int32"), jnp.asarray(rows, dtype))
+        yield {"table": slices, "dense": jnp.asarray(scale * rng.normal(size=2), dtype)}
+
+
+def touched(gradients):
+    """Which rows of the table are in a batch."""
+    ids = np.asarray(gradients["table"].ids)
+    return np.isin(np.arange(NUM_ROWS), ids)
+
+
+def densely(gradients, dtype="float64"):
+    """The same gradients as arrays, summed by NumPy."""
+    slices = gradients["table"]
+    table = np.zeros((NUM_ROWS, DIM))
+    valid = (np.asarray(slices.ids) >= 0) & (np.asarray(slices.ids) < NUM_ROWS)
+    rows = np.asarray(slices.rows, "float64")
+    np.add.at(table, np.asarray(slices.ids)[valid], rows[valid])
+    return jax.tree.map(
+        lambda x: jnp.asarray(x, dtype), gradients | {"table": jnp.asarray(table)}
+    )
+
+
+def put_back(new, old, rows):
+    """A tree of arrays with the untouched rows of those as long as the table."""
+
+    def leaf(new, old):
+        if jnp.ndim(new) == 0 or len(new) != NUM_ROWS:
+            return new
+        return jnp.where(rows.reshape(-1, *[1] * (new.ndim - 1)), new, old)
+
+    return jax.tree.map(leaf, new, old)
+
+
+def dense_step(inner, gradients, state, params, **extra):
+    """Updates and state of the dense step, where the table has a batch's rows."""
+    updates, new_state = optax.with_extra_args_support(inner).update(
+        densely(gradients), state, params, **extra
+    )
+    rows = touched(gradients)
+    zeros = jax.tree.map(jnp.zeros_like, updates)
+    return put_back(updates, zeros, rows), put_back(new_state, state, rows)
+
+
+def stateless(rule):
+    """An optimizer that applies a rule to gradient and parameter of the table."""
+
+    def update(g, state, params):
+        return g | {"table": rule(g["table"], params["table"])}, state
+
+    return optax.GradientTransformation(lambda _: optax.EmptyState(), update)
+
+
+def assert_lazy_is_dense(inner, *, scale=1.0, dtype="float64", rtol=1e-11, **extra):
+    """Takes a few steps both ways; call it with 64 bits enabled."""
+    lazy = lazy_rows(inner)
+    ours = parameters(dtype)
+    dense = jax.tree.map(lambda x: x.astype("float64"), ours)
+    state, dense_state = lazy.init(ours), inner.init(dense)
+    for gradients in batches(scale, dtype):
+        updates, new_state = lazy.update(gradients, state, ours, **extra)
+        jax.tree.map(assert_same_type, new_state, state)
+        assert updates["table"].rows.shape == (4, DIM)
+        state, ours = new_state, optax.apply_updates(ours, updates)
+        dense_updates, dense_state = dense_step(
+            inner, gradients, dense_state, dense, **extra
+        )
+        dense = optax.apply_updates(dense, dense_updates)
+    for actual, expected in zip(
+        jax.tree.leaves((ours, state)),
+        jax.tree.leaves((dense, dense_state)),
+        strict=True,
+    ):
+        # Relative to the leaf: what cancels out in one entry does not in another.
+        size = np.max(np.abs(np.asarray(expected, "float64")), initial=0.0)
+        np.testing.assert_allclose(
+            np.asarray(actual, "float64"), expected, rtol=rtol, atol=rtol * size
+        )
+
+
+def assert_same_type(new, old):
+    """Shape, dtype and sharding; weak types may become strong."""
+    new, old = jax.typeof(new), jax.typeof(old)
+    assert (new.shape, new.dtype, new.sharding) == (old.shape, old.dtype, old.sharding)
+
+
+def assert_refused(inner, match, gradients=None, **extra):
+    """The lazy step is refused with a message that matches."""
+    params = parameters()
+    tx = lazy_rows(inner)
+    with pytest.raises(ValueError, match=rf"lazy_rows needs .*{match}"):
+        tx.update(gradients or next(batches()), tx.init(params), params, **extra)
