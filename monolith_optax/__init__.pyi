@@ -8,6 +8,8 @@ from monolith_optax._optimizers.adamom import AdamomState as AdamomState
 from monolith_optax._optimizers.adamom import adamom as adamom
 from monolith_optax._optimizers.rmsprop import RmspropState as RmspropState
 from monolith_optax._optimizers.rmsprop import rmsprop as rmsprop
+from monolith_optax._optimizers.shampoo import ShampooState as ShampooState
+from monolith_optax._optimizers.shampoo import shampoo as shampoo
 from monolith_optax._optimizers.stochastic_rounding import (
     StochasticRoundingState as StochasticRoundingState,
 )

@@ -42,8 +42,8 @@ def stochastic_rounding(
     parameters are left to the inner optimizer.
 
     Inside `monolith_optax.lazy_rows` noise is drawn only for the batch's rows. Steps
-    beyond the largest finite number stop there, also infinite ones. Derivatives go through the rounding as
-    if it was not there.
+    beyond the largest finite number, also infinite ones, stop there. Derivatives go
+    through the rounding as if it was not there.
 
     Args:
       inner: the optimizer.
@@ -103,9 +103,9 @@ def stochastic_rounding(
         given: Any = jax.tree.structure(steps)
         if given != treedef:
             raise ValueError(
-                f"The updates have the structure {given}, but the parameters {treedef}. "
-                "For row slices, write lazy_rows(stochastic_rounding(inner, seed)), not "
-                "the other way round."
+                f"The updates have the structure {given}, but the parameters have "
+                f"{treedef}. Around row slices, write "
+                "lazy_rows(stochastic_rounding(inner, seed)), not the other way round."
             )
         key = jax.random.fold_in(jax.random.key(seed), state.draws)
         rounded = [
