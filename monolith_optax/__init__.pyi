@@ -8,6 +8,14 @@ from monolith_optax._optimizers.adamom import AdamomState as AdamomState
 from monolith_optax._optimizers.adamom import adamom as adamom
 from monolith_optax._optimizers.rmsprop import RmspropState as RmspropState
 from monolith_optax._optimizers.rmsprop import rmsprop as rmsprop
+from monolith_optax._optimizers.shampoo import ShampooState as ShampooState
+from monolith_optax._optimizers.shampoo import shampoo as shampoo
+from monolith_optax._optimizers.stochastic_rounding import (
+    StochasticRoundingState as StochasticRoundingState,
+)
+from monolith_optax._optimizers.stochastic_rounding import (
+    stochastic_rounding as stochastic_rounding,
+)
 from monolith_optax._rows.apply_updates import apply_updates as apply_updates
 from monolith_optax._rows.collectives import pmean as pmean
 from monolith_optax._rows.collectives import psum as psum

@@ -97,7 +97,7 @@ def check_trees(
 def check_like(params: optax.Params, **trees: Any) -> None:
     """Accepts trees of floating-point arrays with the shapes of the parameters."""
     problems = [x for name in trees for x in _mismatches(name, trees[name], params)]
-    _raise_listed(f"Params and {' and '.join(trees)} do not belong together.", problems)
+    _raise_listed(f"Params and {' and '.join(trees)} do not match.", problems)
 
 
 def _reference(

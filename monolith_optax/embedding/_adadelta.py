@@ -54,7 +54,7 @@ def adadelta(
       weight_decay_factor: coupled weight decay (L2), not negative. Unless it is the
         number 0, `update` needs params.
       averaging_ratio: the decay of both averages, in [0, 1].
-      epsilon: what the first steps live on, as `accum_update` begins with 0; not
+      epsilon: what the first steps live on, as `accum_update` starts with 0; not
         negative.
 
     Returns:

@@ -58,7 +58,7 @@ def adam(
     and, with `use_nesterov`, the step has
     :math:`(1 - \text{beta1}) \cdot d + \text{beta1} \cdot m` for `m`.
 
-    The two powers are kept for each row and begin with `beta1` and `beta2`. Inside
+    The two powers are kept for each row and start with `beta1` and `beta2`. Inside
     `monolith_optax.lazy_rows` bias correction thus counts the steps of each row, where
     `optax.adam` counts all steps. Epsilon is added to the root of `v` before bias
     correction, and is large by default.

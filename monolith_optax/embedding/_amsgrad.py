@@ -61,7 +61,7 @@ def amsgrad(
     and, with `use_nesterov`, the step has
     :math:`(1 - \text{beta1}) \cdot d + \text{beta1} \cdot m` for `m`.
 
-    The two powers are kept for each row and begin with `beta1` and `beta2`. Inside
+    The two powers are kept for each row and start with `beta1` and `beta2`. Inside
     `monolith_optax.lazy_rows` bias correction thus counts the steps of each row, where
     `optax.amsgrad` counts all steps. `vhat` is the largest `v` before bias correction,
     and so is the root that epsilon, which is large by default, is added to.

@@ -56,14 +56,14 @@ def ftrl(
 
     where :math:`|\text{zero}| > \text{l1\_regularization}`, and makes `w` 0 elsewhere.
 
-    As `zero` begins with 0, the first gradient all but forgets the initial weight.
+    As `zero` starts with 0, the first gradient all but forgets the initial weight.
     Until an entry has had a gradient other than 0 it stays as it is. So does everything
     in a step whose learning rate is 0, which Monolith divides by.
 
     Args:
       learning_rate: a number, a scalar array, or a schedule, which is given the count
         of steps taken before this one.
-      initial_accumulator_value: what `norm` begins with; not negative.
+      initial_accumulator_value: what `norm` starts with; not negative.
       beta: added to the root of `norm`; not negative.
       l1_regularization: how large `zero` must be for a weight that is not 0; not
         negative.

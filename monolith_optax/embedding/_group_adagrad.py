@@ -58,7 +58,7 @@ def group_adagrad(
       learning_rate: a number, a scalar array, or a schedule, which is given the count
         of steps taken before this one.
       beta: added to the root of `grad_square_sum`; not negative.
-      initial_accumulator_value: what `grad_square_sum` begins with; not negative.
+      initial_accumulator_value: what `grad_square_sum` starts with; not negative.
       l2_regularization: how much of a row's norm, not squared, is taken in each step,
         before it is multiplied by the rate; not negative.
       weight_decay_factor: coupled weight decay (L2), not negative.

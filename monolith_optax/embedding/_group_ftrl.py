@@ -58,7 +58,7 @@ def group_ftrl(
 
     A row is an index of the leading axis; the Euclidean norm is over all other axes.
 
-    As `zero` begins with 0, the first gradient all but forgets the initial row. Until a
+    As `zero` starts with 0, the first gradient all but forgets the initial row. Until a
     row has had a gradient other than 0 it stays as it is. So does everything in a step
     whose learning rate is 0, which Monolith divides by. Monolith has a kernel for this
     rule and a configuration, but its published code cannot put the two together.
@@ -66,7 +66,7 @@ def group_ftrl(
     Args:
       learning_rate: a number, a scalar array, or a schedule, which is given the count
         of steps taken before this one.
-      initial_accumulator_value: what `norm` begins with; not negative.
+      initial_accumulator_value: what `norm` starts with; not negative.
       beta: added to the root of `norm`; not negative.
       l1_regularization: how long the row of `zero` must be for a row that is not 0;
         not negative.

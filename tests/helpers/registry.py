@@ -203,9 +203,9 @@ class Variant:
 
     def make(self, **options: Any) -> optax.GradientTransformationExtraArgs:
         """The transformation."""
-        if self.takes("learning_rate"):
-            options = {"learning_rate": self.row.learning_rate} | self.options | options
-        return self.optimizer(**options)
+        takes_rate = self.row.learning_rate is not None
+        rate = {"learning_rate": self.row.learning_rate} if takes_rate else {}
+        return self.optimizer(**rate | self.options | options)
 
 
 VARIANTS = {
