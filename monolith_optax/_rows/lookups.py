@@ -196,7 +196,7 @@ def lookup(equation: Equation) -> Lookup | str:
         sizes = (1, *shape[1:])
         numbers = GatherDimensionNumbers(tuple(range(1, len(shape))), (0,), (0,))
         batch = (len(_slice_rows(equation)),)
-    if (batch or sizes)[0] == shape[0]:
+    if (batch or sizes)[0] == shape[0] != 1:
         return "has all of its rows taken"
     return Lookup(shape, batch, numbers, sizes, GatherScatterMode.CLIP, None, 1)
 
