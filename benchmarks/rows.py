@@ -14,6 +14,7 @@ timed, with two threads each:
 - TensorFlow: summing duplicates and the kernel `ResourceSparseApplyAdagradV2`.
 """
 
+import functools
 import importlib
 from collections.abc import Callable, Iterator
 from itertools import cycle
@@ -26,7 +27,7 @@ import optax
 
 from benchmarks.measure import Case, Side, interleave
 from benchmarks.steps import RATE, Step
-from monolith_optax import RowSlices, adamom, lazy_rows
+from monolith_optax import RowSlices, adamom, embedding, lazy_rows
 
 BATCH = 8192
 DIM = 16
@@ -45,15 +46,21 @@ def compare(num_rows: int, quick: bool) -> Case:
     """Times all sides on one table of that many rows."""
     ours = jitted(lazy_rows(adamom(RATE)), num_rows)
     adam = jitted(lazy_rows(optax.adam(RATE)), num_rows)
+    rowwise = jitted(lazy_rows(embedding.rowwise_adagrad(RATE)), num_rows)
     sides: dict[str, Batched] = {
         "lazy_rows(adamom)": batched(ours),
         "lazy_rows(optax.adam)": batched(adam),
+        "lazy_rows(rowwise_adagrad)": batched(rowwise),
     }
-    for title, peer in {
+    peers: dict[str, Callable[[int], Batched]] = {
         "PyTorch, SparseAdam": sparse_adam,
-        "FBGEMM, EXACT_ADAGRAD": fbgemm,
+        "FBGEMM, EXACT_ADAGRAD": functools.partial(fbgemm, "EXACT_ADAGRAD"),
+        "FBGEMM, EXACT_ROWWISE_ADAGRAD": functools.partial(
+            fbgemm, "EXACT_ROWWISE_ADAGRAD"
+        ),
         "TensorFlow, Adagrad": tensorflow_adagrad,
-    }.items():
+    }
+    for title, peer in peers.items():
         try:
             sides[title] = peer(num_rows)
         except ImportError as error:
@@ -136,8 +143,8 @@ def sparse_adam(num_rows: int) -> Batched:
     return side
 
 
-def fbgemm(num_rows: int) -> Batched:
-    """FBGEMM's table on CPU with its exact Adagrad, and bags of one id each."""
+def fbgemm(optimizer: str, num_rows: int) -> Batched:
+    """FBGEMM's table on CPU with one of its optimizers, and bags of one id each."""
     torch = importlib.import_module("torch")
     torch.set_num_threads(2)
     package = "fbgemm_gpu.split_table_batched_embeddings_ops"
@@ -146,7 +153,7 @@ def fbgemm(num_rows: int) -> Batched:
     device = common.EmbeddingLocation.HOST, training.ComputeDevice.CPU
     table = training.SplitTableBatchedEmbeddingBagsCodegen(
         [(num_rows, DIM, *device)],
-        optimizer=training.OptimType.EXACT_ADAGRAD,
+        optimizer=training.OptimType[optimizer],
         learning_rate=RATE,
     )
     offsets = torch.arange(BATCH + 1)

@@ -97,7 +97,8 @@ def batch_softmax(
         interval = (now - slots.global_step).astype(w.dtype)
         columns = np.arange(math.prod(w.shape[1:])).reshape(w.shape[1:])
         step = jnp.where(columns == 0, learning_rate * (interval - w), 0)
-        last = jnp.full_like(slots.global_step, now)
+        # It is `now`, and sharded as the old one is.
+        last = jnp.where(interval == 0, slots.global_step, now)
         return step, slots._replace(global_step=last)
 
     return from_rule(

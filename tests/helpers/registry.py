@@ -74,7 +74,7 @@ ROWS = {
         embedding.adadelta,
         fractions=("averaging_ratio",),
         nonnegative=("epsilon", "weight_decay_factor"),
-        learning_rate=1.0,
+        learning_rate=1e-3,
     ),
     "adam": Row(
         embedding.adam,

@@ -63,7 +63,7 @@ def test_derivatives_at_a_zero_gradient_are_finite(variant):
 @with_argument("epsilon")
 def test_smallest_gradients_of_float16_still_move_parameters(variant):
     tiny = jnp.full(3, jnp.finfo(jnp.float16).smallest_subnormal)
-    tx = variant.make(epsilon=1e-16, **variant.no_decay)
+    tx = variant.make(learning_rate=10.0, epsilon=1e-16, **variant.no_decay)
     params = jnp.ones(3, jnp.float16)
     updates, _ = jax.jit(tx.update)(tiny.astype(jnp.float16), tx.init(params), params)
     assert (updates < 0).all()
