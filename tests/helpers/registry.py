@@ -23,6 +23,7 @@ class Row:
       by_row: whether its rule looks at whole rows, not at each entry by itself.
       needs_params: whether `update` needs params, also without weight decay.
       descends: whether it minimises, and so stays where the gradient is 0.
+      is_sample: whether its contracts run outside CI too, for each kind of slots.
       variants: options that change its program, by a name.
     """
 
@@ -33,12 +34,13 @@ class Row:
     by_row: bool = False
     needs_params: bool = False
     descends: bool = True
+    is_sample: bool = False
     variants: dict[str, dict[str, Any]] = field(default_factory=lambda: {"": {}})
 
     @property
     def is_dense(self) -> bool:
         """Whether it is for dense variables, and not for embedding tables."""
-        return self.optimizer.__name__ in monolith_optax.__all__
+        return getattr(monolith_optax, self.optimizer.__name__, None) is self.optimizer
 
 
 ROWS = {
@@ -46,6 +48,7 @@ ROWS = {
         adamom,
         fractions=("ada_decay", "mom_decay"),
         nonnegative=("epsilon", "weight_decay"),
+        is_sample=True,
         variants={
             "": {},
             "v2_decay": {"use_v2": True, "weight_decay": 1e-4},
@@ -56,6 +59,7 @@ ROWS = {
         rmsprop,
         fractions=("beta1", "beta2"),
         nonnegative=("epsilon", "weight_decay"),
+        is_sample=True,
         variants={
             "": {"beta1": 0.9, "learning_rate": 1e-3},
             "v2_decay": {"use_v2": True, "beta1": 0.9, "weight_decay": 1e-4},
@@ -65,6 +69,7 @@ ROWS = {
         embedding.adagrad,
         nonnegative=("initial_accumulator_value", "weight_decay_factor"),
         learning_rate=0.5,
+        is_sample=True,
         variants={
             "": {},
             "bugs": {"bug_compatible": True, "weight_decay_factor": 1e-4},
@@ -158,6 +163,7 @@ ROWS = {
         nonnegative=("eps", "weight_decay"),
         learning_rate=0.5,
         by_row=True,
+        is_sample=True,
         variants={"": {}, "decay": {"weight_decay": 1e-4}},
     ),
     "sgd": Row(embedding.sgd, learning_rate=1e-3),

@@ -199,9 +199,10 @@ def test_compact_c_differs_from_that_of_the_state(saved):
         adamom(compact_c=not saved).update(PARAMS, state, PARAMS)
 
 
-@pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
+@pytest.mark.parametrize("name", ROWS)
 @pytest.mark.parametrize("bound", [0, 1, 0.0, 1.0])
-def test_bounds_are_allowed(row, bound):
+def test_bounds_are_allowed(name, bound):
+    row = ROWS[name]
     row.optimizer(**dict.fromkeys(row.fractions, bound))
     row.optimizer(**dict.fromkeys(row.nonnegative, 0))
 

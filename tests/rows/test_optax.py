@@ -35,7 +35,7 @@ ACCEPTED = {
     "madgrad": lambda: contrib.madgrad(0.1),
     "schedule_free": lambda: contrib.schedule_free_adamw(0.1),
     "novograd": lambda: optax.novograd(0.1),
-    **{name: variant.make for name, variant in VARIANTS.items()},
+    **{f"ours: {name}": variant.make for name, variant in VARIANTS.items()},
 }
 REFUSED = {
     "lamb": lambda: optax.lamb(0.1),
@@ -98,6 +98,7 @@ def test_accepted_and_right_inside_others(name):
     assert_lazy_is_dense(inner)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("around", AROUND)
 @pytest.mark.parametrize("name", ACCEPTED)
 def test_accepted_inside_each_other(name, around):
