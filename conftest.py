@@ -1,9 +1,11 @@
 """Strict JAX on eight virtual CPU devices, for the tests, docstrings and documents."""
 
 import os
+import random
 from importlib.util import find_spec
 
 import jax
+import pytest
 from hypothesis import settings
 from sybil import Sybil
 from sybil.parsers.markdown import PythonCodeBlockParser, SkipParser
@@ -15,7 +17,22 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # Examples that trace and compile have no meaningful deadline on a shared machine.
 settings.register_profile("default", deadline=None, derandomize=True)
+# --hypothesis-profile=explore tries other examples in every run, and prints its seed.
+settings.register_profile("explore", deadline=None, max_examples=50)
 settings.load_profile("default")
+
+
+@pytest.hookimpl(tryfirst=True)  # Hypothesis reads the seed in the same hook
+def pytest_configure(config):
+    option = config.option
+    if option.hypothesis_profile == "explore" and option.hypothesis_seed is None:
+        option.hypothesis_seed = str(random.randrange(2**32))
+
+
+def pytest_report_header(config):
+    seed = config.option.hypothesis_seed
+    return seed and f"--hypothesis-profile=explore --hypothesis-seed={seed}"
+
 
 # They belong to the site, which has requirements of its own.
 collect_ignore_glob = ["docs/*.py"]

@@ -10,18 +10,21 @@ are how dark sixteen blocks are, and the question is whether the digit is odd. E
 device holds an eighth of the rows of each table and of its slots, and an eighth of
 each batch.
 
-On a real cluster, start it on every host with the same `--coordinator`:
+On a real cluster, start it on every host with the addresses of all processes, in the
+same order everywhere, and the number of its own:
 
-    python train_multihost.py --coordinator HOST:PORT --num-processes N --process-id I
+    python train_multihost.py --addresses HOST0:PORT,HOST1:PORT --process-id I
 
-With `--checkpoint-dir`, a run that was cut short goes on from its last checkpoint.
+With `--checkpoint-dir`, a run that was cut short continues from its last checkpoint.
 """
 
 import argparse
+import asyncio
 import contextlib
 import functools
 import itertools
 import math
+import os
 import signal
 import socket
 import subprocess
@@ -40,7 +43,12 @@ from sklearn.datasets import load_digits
 from tqdm import tqdm
 
 import monolith_optax
-from monolith_optax.net import wait_for_coordinator
+from monolith_optax.net import (
+    NodesDownError,
+    parse_address,
+    wait_for_coordinator,
+    wait_for_nodes,
+)
 
 # Each optimizer with a learning rate that suits this problem.
 OPTIMIZERS: dict[str, tuple[Callable[..., optax.GradientTransformation], float]] = {
@@ -69,8 +77,8 @@ def load_data() -> tuple[Batch, Batch]:
     """The digits, four fifths of them for training and the rest."""
     images, digits = load_digits(return_X_y=True)
     blocks = images.reshape(-1, SIDE, 2, SIDE, 2).mean((2, 4)).astype(np.int32)
-    place = np.arange(SIDE**2, dtype=np.int32).reshape(SIDE, SIDE)
-    fields = place * SHADES + blocks
+    block = np.arange(SIDE**2, dtype=np.int32).reshape(SIDE, SIDE)
+    fields = block * SHADES + blocks
     pairs = fields * SHADES + np.roll(blocks, -1, axis=2)  # a block and the next one
     fields, pairs = (x.reshape(len(digits), -1) for x in (fields, pairs))
     data = Batch(fields, pairs, digits.astype(np.float32) % 2)
@@ -81,10 +89,10 @@ def load_data() -> tuple[Batch, Batch]:
 def batches(
     data: Batch, batch_size: int, mesh: Mesh, *, seed: int, start: int
 ) -> Iterator[Batch]:
-    """Global mini-batches without end, beginning with step `start`.
+    """Endless global mini-batches, from step `start`.
 
-    A batch depends on the step alone, so a resumed run sees the same ones. Each process
-    provides the examples of its own devices.
+    A batch depends only on the seed and the step, so a run that continues sees the same
+    ones. Each process provides the examples of its own devices.
     """
     sharding = NamedSharding(mesh, PartitionSpec("x"))
     for step in itertools.count(start):
@@ -101,7 +109,7 @@ def batches(
 
 
 def logits(params: Any, batch: Batch) -> jax.Array:
-    """The model; the tables may be stand-ins that can be looked up alone."""
+    """The model; the tables may be stand-ins that can only be looked up."""
     fields = params["fields"][batch.fields].sum(1)
     pairs = params["pairs"][batch.pairs].sum(1)
     found = jnp.concatenate([fields, pairs, fields * pairs], axis=1)
@@ -116,7 +124,7 @@ def loss_fn(params: Any, batch: Batch) -> jax.Array:
 
 
 def round_up(num_rows: int) -> int:
-    """So many rows that they split evenly over up to 256 devices, a power of two."""
+    """The next multiple of 256, which splits evenly over 2, 4, ... 256 devices."""
     return -(-num_rows // 256) * 256
 
 
@@ -160,7 +168,7 @@ def carry_like(
 
 
 def make_carry(tx: optax.GradientTransformation, init: Callable[[], Params]) -> Carry:
-    """Params and state at the beginning."""
+    """Params and state before the first step."""
     params = init()
     return params, tx.init(params)
 
@@ -172,7 +180,7 @@ def make_step(tx: optax.GradientTransformation, like: Any, *, dense: bool) -> St
     if dense:
         value_and_grad, where = jax.value_and_grad(loss_fn), shardings[0]
     else:
-        # The rows of the batch go to all devices, each of which picks out its own.
+        # Every device gets the rows of the whole batch and picks out its own.
         value_and_grad = monolith_optax.value_and_row_grad(loss_fn, TABLES)
         where = whole
 
@@ -188,7 +196,7 @@ def make_step(tx: optax.GradientTransformation, like: Any, *, dense: bool) -> St
 
 
 def open_checkpoints(folder: str | None, every: int) -> Any:
-    """A manager of checkpoints that are written beside the training, or None."""
+    """Orbax's manager, which writes checkpoints while training continues, or None."""
     if folder is None:
         return None
     options = ocp.CheckpointManagerOptions(max_to_keep=2, save_interval_steps=every)
@@ -198,9 +206,10 @@ def open_checkpoints(folder: str | None, every: int) -> Any:
 def first_carry(
     tx: optax.GradientTransformation, init: Callable[[], Params], like: Any, saved: Any
 ) -> tuple[int, Carry]:
-    """The step to go on from, and its params and state: the last complete checkpoint's.
+    """The step to continue from, its params and its state.
 
-    No process ever has a whole table: each reads or makes the rows of its own devices.
+    They are those of the last complete checkpoint, if there is one. No process ever
+    holds a whole table: each reads or makes the rows of its own devices.
     """
     done = None if saved is None else saved.latest_step()
     if done is not None:
@@ -229,28 +238,28 @@ def train(
                 progress.set_postfix(loss=f"{curve[-1][1]:.3f}", refresh=False)
                 progress.update(len(losses) * len(batch.label))
                 losses = []
-            if saved is not None:  # it knows in which steps to save
+            if saved is not None:  # it knows which steps to save
                 saved.save(number, args=ocp.args.StandardSave(carry), force=last)
-                if not last and saved.reached_preemption(number):  # and so it did
-                    saved.close()
-                    sys.exit(f"Saved step {number} because of SIGTERM: start again.")
+                if not last and saved.reached_preemption(number):
+                    saved.close()  # it saved this step, as all processes did
+                    sys.exit(f"Saved step {number} because of SIGTERM. Start it again.")
     return carry, curve
 
 
 def say(text: str) -> None:
-    """Prints on process 0 alone."""
+    """Prints, on process 0 only."""
     if jax.process_index() == 0:
         print(text, flush=True)
 
 
 def held_out(params: Params, test: Batch) -> str:
-    """How good the model is on other digits, computed on all devices."""
+    """How well the model does on other digits, computed on all devices."""
 
     def both(params: Params) -> tuple[jax.Array, jax.Array]:
         right = (logits(params, test) > 0) == (test.label > 0)
         return loss_fn(params, test), jnp.mean(right, dtype=jnp.float32)
 
-    # The weights are on all devices; so is the result.
+    # The weights are on all devices, and so is the result.
     evaluate = jax.jit(both, out_shardings=params["output"].sharding)
     loss, accuracy = jax.device_get(evaluate(params))
     return f"Held out: log loss {loss:.4f}, {accuracy:.1%} of digits right."
@@ -267,25 +276,61 @@ def plot(curve: list[tuple[int, float]], path: str) -> None:
     figure.savefig(path, dpi=120)
 
 
-def join(args: argparse.Namespace) -> None:
-    """Joins the cluster, or ends with a message if its coordinator is not up."""
+def join(addresses: list[str], args: argparse.Namespace) -> None:
+    """Joins the cluster, or ends with a message that says who is missing."""
     if args.cpu_devices:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", args.cpu_devices)
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    number, address = args.process_id, args.coordinator
-    if number:
-        print(f"Process {number} waits for {address}.", file=sys.stderr, flush=True)
-    try:
-        wait_for_coordinator(address, process_id=number, deadline=args.deadline)
-    except (TimeoutError, ValueError) as error:
-        sys.exit(str(error))
+        # In an all-reduce of several arrays, a device that lost its peer seems to go to
+        # the next array. Gloo then ends the process for a "collective mismatch", before
+        # JAX can say which process was lost. So each array gets its own all-reduce.
+        flags = os.environ.get("XLA_FLAGS", "")
+        flags += " --xla_disable_hlo_passes=cpu-all-reduce-combiner"
+        os.environ["XLA_FLAGS"] = flags
+    wait_for_processes(addresses, args.process_id, args.deadline)
     jax.distributed.initialize(
-        address,
-        num_processes=args.num_processes,
-        process_id=number,
+        addresses[0],
+        num_processes=len(addresses),
+        process_id=args.process_id,
         initialization_timeout=math.ceil(args.deadline),
         heartbeat_timeout_seconds=args.heartbeat_timeout,
+    )
+
+
+def wait_for_processes(addresses: list[str], number: int, deadline: float) -> None:
+    """Returns when all processes have started: process 0, and for it the others."""
+    try:
+        if number == 0:
+            asyncio.run(wait_for_nodes(addresses[1:], deadline=deadline))
+            return  # the others see process 0 when it calls `initialize`
+        with listening(addresses[number]):
+            print(
+                f"Process {number} waits for {addresses[0]}.",
+                file=sys.stderr,
+                flush=True,
+            )
+            wait_for_coordinator(addresses[0], process_id=number, deadline=deadline)
+    except NodesDownError as error:
+        missing = "; ".join(
+            f"process {addresses.index(status.address)} at {status.address} is not up: "
+            f"{status.reason} ({status.message})"
+            for status in error.report.results
+            if not status.alive
+        )
+        sys.exit(f"Process 0 waited {deadline:g} s for the others, but {missing}.")
+    except (OSError, ValueError) as error:  # a TimeoutError is an OSError
+        sys.exit(str(error))
+
+
+def listening(address: str) -> socket.socket:
+    """Accepts connections at the port of an address, on all interfaces."""
+    both = socket.has_dualstack_ipv6()
+    return socket.create_server(
+        ("", parse_address(address).port),
+        family=socket.AF_INET6 if both else socket.AF_INET,
+        dualstack_ipv6=both,
+        reuse_port=True,
     )
 
 
@@ -293,17 +338,13 @@ def start_processes(number: int) -> int:
     """Runs this program in processes of this machine; returns an exit status."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the stack unwinds
     with contextlib.ExitStack() as stack:
-        # Bound to the end, the port is given to nobody else; only process 0 listens.
-        reserved = stack.enter_context(socket.socket())
-        reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        reserved.bind(("127.0.0.1", 0))
-        command = [sys.executable, *sys.argv, "--num-processes", str(number)]
-        command += ["--coordinator", f"127.0.0.1:{reserved.getsockname()[1]}"]
+        addresses = [stack.enter_context(reserved_address()) for _ in range(number)]
+        command = [sys.executable, *sys.argv, "--addresses", ",".join(addresses)]
         command += ["--cpu-devices", str(LOCAL_DEVICES // number)]
         processes = []
         for process_id in range(number):
             process = subprocess.Popen([*command, "--process-id", str(process_id)])
-            stack.callback(process.kill)  # JAX takes SIGTERM as a mere notice
+            stack.callback(process.kill)  # JAX takes SIGTERM only as a notice
             processes.append(process)
         statuses = [process.wait() for process in processes]
     for process_id, status in enumerate(statuses):
@@ -313,17 +354,30 @@ def start_processes(number: int) -> int:
     return int(any(statuses))
 
 
+@contextlib.contextmanager
+def reserved_address() -> Iterator[str]:
+    """A free address of this machine that no other program is given meanwhile."""
+    with socket.socket() as reserved:  # bound, and listening nowhere
+        reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        reserved.bind(("127.0.0.1", 0))
+        yield f"127.0.0.1:{reserved.getsockname()[1]}"
+
+
 def parse_args() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--processes", type=int, default=2, help="to start on this machine")
-    add("--coordinator", metavar="HOST:PORT", help="join this cluster instead")
-    add("--process-id", type=int, help="of this process in the cluster, from 0")
-    add("--num-processes", type=int, help="of the whole cluster")
+    add("--addresses", metavar="HOST:PORT,...", help="of all processes of a cluster")
+    add("--process-id", type=int, help="which of the addresses is its own, from 0")
     add("--cpu-devices", type=int, help="virtual CPU devices in this process")
-    add("--deadline", type=float, default=300.0, help="seconds to start up")
-    add("--heartbeat-timeout", type=int, default=30, help="seconds to miss a process")
+    add("--deadline", type=float, default=300.0, help="seconds to wait for the others")
+    add(
+        "--heartbeat-timeout",
+        type=int,
+        default=30,
+        help="seconds to miss a process",
+    )
     add("--optimizer", choices=OPTIMIZERS, default="adamom")
     add("--dense", action="store_true", help="dense gradients")
     add("--dim", type=int, default=16, help="columns of a table")
@@ -340,19 +394,18 @@ def parse_args() -> argparse.Namespace:
         if getattr(args, option) < 1:
             flag = option.replace("_", "-")
             parser.error(f"--{flag} must be at least 1, not {getattr(args, option)}")
-    if not args.coordinator and LOCAL_DEVICES % args.processes:
+    if not args.addresses and LOCAL_DEVICES % args.processes:
         parser.error(f"--processes must divide {LOCAL_DEVICES}, not {args.processes}")
-    if args.coordinator and None in (args.process_id, args.num_processes):
-        parser.error("--coordinator needs --process-id and --num-processes")
+    if args.addresses and args.process_id not in range(args.addresses.count(",") + 1):
+        parser.error(
+            "--process-id must be that of one of the --addresses, counted from 0, "
+            f"not {args.process_id}"
+        )
     return args
 
 
-def main() -> None:
-    """Starts the processes of this machine, or is one of a cluster's."""
-    args = parse_args()
-    if not args.coordinator:
-        sys.exit(start_processes(args.processes))
-    join(args)
+def run(args: argparse.Namespace) -> Carry:
+    """Trains from the last checkpoint to the last step; returns params and state."""
     mesh = jax.make_mesh((jax.device_count(),), ("x",), axis_types=(AxisType.Auto,))
     say(f"{jax.device_count()} devices in {jax.process_count()} processes.")
     training, test = load_data()
@@ -363,16 +416,26 @@ def main() -> None:
     step = make_step(tx, like, dense=args.dense)
     saved = open_checkpoints(args.checkpoint_dir, args.checkpoint_every)
     done, carry = first_carry(tx, init, like, saved)
-    say(f"Going on after step {done}." if done else "Starting at the beginning.")
+    say(f"Continuing after step {done}." if done else "Starting at the beginning.")
     stream = batches(training, args.batch_size, mesh, seed=args.seed, start=done)
     numbers = range(done + 1, args.steps + 1)
-    (params, _), curve = train(step, carry, stream, numbers, saved)
+    carry, curve = train(step, carry, stream, numbers, saved)
     if saved is not None:
         saved.close()  # waits for what is still being written
-    say("\n" + held_out(params, test))
+    say("\n" + held_out(carry[0], test))
     if jax.process_index() == 0 and curve:
         plot(curve, args.plot)
         print(f"Saved the loss curve as {args.plot}.")
+    return carry
+
+
+def main() -> None:
+    """Starts processes on this machine, or is one of a cluster's."""
+    args = parse_args()
+    if not args.addresses:
+        sys.exit(start_processes(args.processes))
+    join(args.addresses.split(","), args)
+    run(args)
 
 
 if __name__ == "__main__":

@@ -125,9 +125,13 @@ def batches(corpus: Corpus, batch_size: int, seed: int) -> Iterator[Batch]:
 
 
 def loss_fn(params: Any, batch: Batch, negatives: jax.Array) -> jax.Array:
-    """The loss summed over all pairs; it uses the tables only to look up rows."""
+    """The loss summed over all pairs. Where there is no word it looks up no row."""
     centers = params["input"][batch.centers]
-    contexts = params["output"][batch.contexts]
+    contexts = (
+        params["output"]
+        .at[batch.contexts]
+        .get(mode="fill", fill_value=0, wrap_negative_indices=False)
+    )
     is_pair = batch.contexts >= 0
     positive = jax.nn.softplus(-jnp.einsum("bd,bcd->bc", centers, contexts))
     negative = jax.nn.softplus(centers @ params["output"][negatives].T).mean(1)

@@ -192,5 +192,5 @@ def root(x: jax.Array) -> jax.Array:
 
     Slots begin at 0, and a step may be differentiated: there 0 times infinity is NaN.
     """
-    positive = x > 0
-    return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1)), 0)
+    is_zero = x == 0
+    return jnp.where(is_zero, 0, jnp.sqrt(jnp.where(is_zero, 1, x)))

@@ -4,12 +4,15 @@ Of the package only this module knows how `jax.extend` spells the parts of a pro
 which differs between versions of JAX.
 """
 
+import contextlib
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import jax
+from jax import lax
 from jax.extend import core, source_info_util
+from jax.sharding import PartitionSpec
 
 Value = TypeVar("Value")
 Program = core.ClosedJaxpr
@@ -74,16 +77,24 @@ def bind(equation: Equation, operands: Sequence[Any], **changed: Any) -> list[An
       operands: its new operands.
       **changed: parameters of the equation that get another value.
     """
-    primitive, source = equation.primitive, equation.source_info
+    primitive = equation.primitive
     params = primitive.get_bind_params({**equation.params, **changed})
     functions, params = params if isinstance(params, tuple) else ((), params)
+    with standing_at(equation):
+        results = primitive.bind(*functions, *operands, **params)
+    return list(results) if primitive.multiple_results else [results]
+
+
+@contextlib.contextmanager
+def standing_at(equation: Equation) -> Iterator[None]:
+    """Where operations stand in the user's source and mesh as an equation does."""
+    source = equation.source_info
     names = source_info_util.current_name_stack() + source.name_stack
     with (
         source_info_util.user_context(source.traceback, name_stack=names),
         equation.ctx.manager,
     ):
-        results = primitive.bind(*functions, *operands, **params)
-    return list(results) if primitive.multiple_results else [results]
+        yield
 
 
 def type_of(atom: core.Var | core.Literal) -> Any:
@@ -166,3 +177,50 @@ def while_parts(equation: Equation) -> While:
         params["cond_nconsts"],
         params["body_nconsts"],
     )
+
+
+class ShardMap(NamedTuple):
+    """The body of a `shard_map`, and how its operands and results are split.
+
+    `axes` are the mesh axes over which the body runs once per device.
+    """
+
+    body: Program
+    mesh: Any
+    in_specs: tuple[PartitionSpec, ...]
+    out_specs: tuple[PartitionSpec, ...]
+    axes: frozenset[str]
+    check_vma: bool
+
+
+def shard_map_parts(equation: Equation) -> ShardMap:
+    """The parts of a `shard_map`."""
+    params = equation.params
+    axes = params[
+        "newly_manual_axes" if "newly_manual_axes" in params else "manual_axes"
+    ]
+    return ShardMap(
+        closed(params["jaxpr"]),
+        params["mesh"],
+        tuple(params["in_specs"]),
+        tuple(params["out_specs"]),
+        frozenset(axes),
+        params["check_vma"],
+    )
+
+
+def varying(aval: Any) -> frozenset[str]:
+    """The mesh axes over which values of a type differ from device to device."""
+    manual = getattr(aval, "mat", None)
+    axes: frozenset[str] = aval.vma if manual is None else manual.varying
+    return axes
+
+
+def as_varying(array: Any, axes: frozenset[str]) -> Any:
+    """An array as one that may differ over some more mesh axes."""
+    more = tuple(sorted(axes - varying(jax.typeof(array))))
+    if not more:
+        return array
+    if hasattr(lax, "pcast"):
+        return lax.pcast(array, more, to="varying")
+    return getattr(lax, "pvary")(array, more)  # noqa: B009 (of JAX 0.8)

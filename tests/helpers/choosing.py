@@ -7,7 +7,7 @@ from registry import VARIANTS, Variant
 
 
 def only(holds: Callable[[Variant], object]) -> pytest.MarkDecorator:
-    """Runs a test on the optimizers of which something holds."""
+    """Runs a test only on the optimizers for which something holds."""
     chosen = [key for key, variant in VARIANTS.items() if holds(variant)]
     return pytest.mark.parametrize("variant", chosen, indirect=True)
 

@@ -3,7 +3,7 @@
 It runs the functions of `examples/train_multihost.py` at a smaller size.
 """
 
-import argparse
+import functools
 import importlib.util
 import sys
 from pathlib import Path
@@ -11,14 +11,14 @@ from pathlib import Path
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from monolith_optax import adamom, lazy_rows, rmsprop
 
 PATH = Path(__file__).parents[2] / "examples" / "train_multihost.py"
 DIM, BATCH, STEPS = 4, 16, 4
-# An epsilon that is not small beside the squared gradients: else a step has the same
-# length for any gradient, and what differs in its last bit grows from step to step.
+# An epsilon that is not small beside the squared gradients. Otherwise a step has the
+# same length for any gradient, and a difference in the last bit grows with every step.
 OPTIMIZERS = {
     "adamom": lambda: adamom(0.1, mom_decay=0.9, epsilon=1e-3),
     "compact_c": lambda: adamom(0.1, compact_c=True),
@@ -45,23 +45,33 @@ def init():
     return example.init_params(DIM, 0)
 
 
-def train(name, dense, devices, saved=None):
+def train(name, dense, devices):
     """Params and state after a few steps, as they are spread over the devices."""
     mesh = mesh_of(devices)
     tx = lazy_rows(OPTIMIZERS[name]())
     like = example.carry_like(tx, init, mesh)
-    done, carry = example.first_carry(tx, init, like, saved)
+    _, carry = example.first_carry(tx, init, like, None)
     check_shards(carry, len(devices))
     step = example.make_step(tx, like, dense=dense)
     data, _ = example.load_data()
-    stream = example.batches(data, BATCH, mesh, seed=0, start=done)
-    numbers = range(done + 1, STEPS + 1)
+    stream = example.batches(data, BATCH, mesh, seed=0, start=0)
     old = jax.tree.leaves(carry)
-    carry, _ = example.train(step, carry, stream, numbers, saved)
-    if numbers:
-        assert all(leaf.is_deleted() for leaf in old), "not donated"
+    carry, _ = example.train(step, carry, stream, range(1, STEPS + 1), None)
+    assert all(leaf.is_deleted() for leaf in old), "not donated"
     check_shards(carry, len(devices))
     return carry
+
+
+def restore(folder):
+    """The last step of the example with adamom, and its checkpoint."""
+    make, rate = example.OPTIMIZERS["adamom"]
+    tx = lazy_rows(make(rate))
+    like = example.carry_like(tx, init, mesh_of(jax.devices()))
+    saved = example.open_checkpoints(folder, 1)
+    done, carry = example.first_carry(tx, init, like, saved)
+    saved.close()
+    check_shards(carry, jax.device_count())
+    return done, carry
 
 
 def check_shards(carry, num_devices):
@@ -81,19 +91,29 @@ def check_shards(carry, num_devices):
         assert slot["hidden"].is_fully_replicated
 
 
-def train_and_restore(folder):
-    """Trains, and checks that the last checkpoint is the same on the same devices."""
-    both = []
-    for _ in range(2):  # for the second time no step is left
-        saved = example.open_checkpoints(folder, STEPS)
-        both.append(train(*CASES[0], jax.devices(), saved))
-        saved.close()
-    for a, b in zip(*map(jax.tree.leaves, both), strict=True):
+def check_restored(folder, steps, carry):
+    """The last checkpoint has these numbers, on the same devices."""
+    done, restored = restore(folder)
+    assert done == steps
+    for a, b in zip(*map(jax.tree.leaves, (restored, carry)), strict=True):
         assert a.sharding == b.sharding
         for x, y in zip(a.addressable_shards, b.addressable_shards, strict=True):
             assert x.device == y.device
             np.testing.assert_array_equal(x.data, y.data)
-    return both[1]
+
+
+def check_all_reduces_are_not_combined():
+    """A combined one makes Gloo blame the program for a process that was lost."""
+    mesh, spec = mesh_of(jax.devices()), PartitionSpec("x")
+
+    @jax.jit
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=spec, out_specs=spec)
+    def total(arrays):
+        return jax.tree.map(lambda x: x + jax.lax.psum(x, "x"), arrays)
+
+    numbers = np.ones(8, np.float32)
+    program = total.lower((numbers, numbers[:, None])).compile().as_text()
+    assert program.count(" all-reduce(") == 2, program
 
 
 def whole(carry):
@@ -103,23 +123,19 @@ def whole(carry):
 
 
 def main():
-    parser = argparse.ArgumentParser()
-    for option in "process-id", "num-processes", "cpu-devices", "heartbeat-timeout":
-        parser.add_argument(f"--{option}", type=int)
-    parser.add_argument("--deadline", type=float, default=60.0)
-    parser.add_argument("--coordinator")
-    parser.add_argument("--folder")
-    args = parser.parse_args()
-    example.join(args)
-    carries = [train_and_restore(f"{args.folder}/checkpoints")]
-    carries += [train(*case, jax.devices()) for case in CASES[1:]]
+    """Runs the example to its end, and then all cases, whose numbers it saves."""
+    args = example.parse_args()
+    example.join(args.addresses.split(","), args)
+    check_all_reduces_are_not_combined()
+    carry = example.run(args)
+    check_restored(args.checkpoint_dir, args.steps, carry)
     results = {
         f"{case}-{i}": leaf
-        for case, carry in zip(CASES, carries, strict=True)
-        for i, leaf in enumerate(whole(carry))
+        for case in CASES
+        for i, leaf in enumerate(whole(train(*case, jax.devices())))
     }
     if jax.process_index() == 0:
-        np.savez(f"{args.folder}/results.npz", **results)
+        np.savez(Path(args.checkpoint_dir).with_suffix(".npz"), **results)
 
 
 if __name__ == "__main__":

@@ -49,6 +49,17 @@ def test_zero_gradients_never_give_nan(variant, dtype):
         chex.assert_trees_all_equal(updates, optax.tree.zeros_like(params))
 
 
+def test_derivatives_at_a_zero_gradient_are_finite(variant):
+    params = {"w": jnp.ones((2, 3))}
+    tx = variant.make()
+
+    def after(grad):
+        updates, _ = tx.update({"w": grad}, tx.init(params), params)
+        return updates["w"].sum()
+
+    chex.assert_tree_all_finite(jax.grad(after)(jnp.zeros((2, 3))))
+
+
 @with_argument("epsilon")
 def test_smallest_gradients_of_float16_still_move_parameters(variant):
     tiny = jnp.full(3, jnp.finfo(jnp.float16).smallest_subnormal)

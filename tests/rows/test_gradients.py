@@ -1,4 +1,6 @@
-"""value_and_row_grad against JAX's own gradients."""
+"""value_and_row_grad: which leaves are tables, what is said of them, and errors."""
+
+import inspect
 
 import chex
 import jax
@@ -6,20 +8,22 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from law import check, normal, rows_of
 
 from monolith_optax import RowSlices, adamom, lazy_rows, value_and_row_grad
 
 TABLES = {"user": True, "items": {"item": True}, "mlp": False}
+USERS, PAIRS = jnp.array([0, 6, 0]), jnp.array([[1, 2], [1, 1], [10, 0]])
 
 
 @pytest.fixture
 def params():
-    rng = np.random.default_rng(0)
-    return {
-        "user": jnp.asarray(rng.normal(size=(7, 4)), jnp.float32),
-        "items": {"item": jnp.asarray(rng.normal(size=(11, 4)), jnp.float32)},
-        "mlp": jnp.asarray(rng.normal(size=(4,)), jnp.float32),
-    }
+    with jax.enable_x64(True):
+        yield {
+            "user": normal(7, 4),
+            "items": {"item": normal(11, 4, seed=1)},
+            "mlp": normal(4, seed=2),
+        }
 
 
 def loss(params, users, pairs, scale=1.0):
@@ -31,78 +35,201 @@ def loss(params, users, pairs, scale=1.0):
     return scale * jnp.mean(score**2)
 
 
-USERS, PAIRS = jnp.array([0, 6, 0]), jnp.array([[1, 2], [1, 1], [10, 0]])
-
-
-def densified(gradients, params):
-    return jax.tree.map(
-        lambda g, p: g.to_dense(len(p)) if isinstance(g, RowSlices) else g,
-        gradients,
-        params,
-        is_leaf=lambda node: isinstance(node, RowSlices),
-    )
-
-
 @pytest.mark.parametrize("jit", [False, True])
-def test_gradients_are_jaxs(params, jit):
-    with jax.enable_x64(True):
-        params = optax.tree.cast(params, jnp.float64)
-        grad = value_and_row_grad(loss, TABLES)
-        grad = jax.jit(grad) if jit else grad
-        value, gradients = grad(params, USERS, PAIRS, scale=2.0)
-        expected = jax.value_and_grad(loss)(params, USERS, PAIRS, scale=2.0)
-        assert gradients["user"].ids.tolist() == [0, 6, 0]
-        assert gradients["items"]["item"].rows.shape == (9, 4)
-        actual = value, densified(gradients, params)
-        chex.assert_trees_all_close(actual, expected, rtol=1e-10, atol=1e-14)
+@pytest.mark.parametrize("tables", [None, TABLES])
+def test_gradients_are_jaxs(params, jit, tables):
+    gradients = check(
+        loss,
+        params,
+        USERS,
+        PAIRS,
+        2.0,
+        rows={"user", "items.item"},
+        tables=tables,
+        jit=jit,
+    )
+    assert gradients["user"].ids.tolist() == [0, 6, 0]
+    assert gradients["items"]["item"].rows.shape == (9, 4)
 
 
-def test_no_gradient_as_large_as_a_table_is_made():
-    params = {"table": jnp.zeros((123_457, 8))}
+def test_keyword_arguments_are_passed_on(params):
+    value, _ = value_and_row_grad(loss)(params, USERS, pairs=PAIRS, scale=3.0)
+    np.testing.assert_allclose(value, loss(params, USERS, PAIRS, 3.0), rtol=1e-12)
 
+
+@pytest.mark.parametrize("num_rows", [1, 2, 4, 1000])
+def test_the_choice_does_not_depend_on_how_much_there_is(num_rows):
     def square(params, ids):
-        return jnp.sum((params["table"][ids] - 1.0) ** 2)
+        found = params["t"][ids] * params["t"][ids[0]][None]
+        return jnp.sum((found @ params["w"]) ** 2)
 
-    def operations(function):
-        jaxpr = jax.make_jaxpr(function)(params, jnp.arange(5)).jaxpr
-        return [str(eqn.outvars) for eqn in jaxpr.eqns]
-
-    table = "123457,8"
-    assert any(table in out for out in operations(jax.grad(square)))
-    sparse = operations(value_and_row_grad(square, {"table": True}))
-    assert not any(table in out for out in sparse)
-
-
-def test_auxiliary_output_passes_through(params):
-    def with_aux(params, *batch):
-        return loss(params, *batch), {"users": batch[0]}
-
-    grad = value_and_row_grad(with_aux, TABLES, has_aux=True)
-    (value, aux), gradients = grad(params, USERS, PAIRS)
-    plain = value_and_row_grad(loss, TABLES)(params, USERS, PAIRS)
-    chex.assert_trees_all_equal((value, gradients), plain)
-    assert aux["users"].tolist() == USERS.tolist()
+    params = {"t": jnp.ones((num_rows, 4)), "w": jnp.ones(4)}
+    for num_ids in 1, 4, num_rows:
+        explanation = value_and_row_grad(square).explain(
+            params, jnp.zeros(num_ids, int)
+        )
+        assert explanation.startswith("t: rows, looked up by gather at")
 
 
-def test_padding_looks_up_zeros_and_gets_no_gradient(params):
-    def total(params, ids):
-        return jnp.sum(params["user"][ids] @ params["mlp"])
-
-    ids = jnp.array([3, -1, 7, 3])
-    value, gradients = value_and_row_grad(total, TABLES)(params, ids)
-    np.testing.assert_allclose(value, 2 * params["user"][3] @ params["mlp"], rtol=1e-6)
-    dense = gradients["user"].to_dense(7)
-    np.testing.assert_allclose(dense[3], 2 * params["mlp"], rtol=1e-6)
-    assert not dense.at[3].set(0).any()
+def tied(params, users, pairs):
+    found = params["user"][users]
+    logits = found @ params["user"].T
+    return loss(params, users, pairs) + jnp.sum(jax.nn.softmax(logits))
 
 
-def test_a_table_that_is_not_looked_up(params):
+def test_a_tied_table_is_dense_and_an_error_if_asked_for(params):
+    line = inspect.getsourcelines(tied)[1] + 2
+    check(tied, params, USERS, PAIRS, rows={"items.item"})
+    why = f"user: dense, as it is used by dot_general at test_gradients.py:{line}"
+    assert why in value_and_row_grad(tied).explain(params, USERS, PAIRS)
+    message = rf"Table user is used by dot_general at test_gradients.py:{line}, so "
+    with pytest.raises(ValueError, match=message):
+        value_and_row_grad(tied, TABLES)(params, USERS, PAIRS)
+    tables = {**TABLES, "user": False}
+    check(tied, params, USERS, PAIRS, rows={"items.item"}, tables=tables)
+
+
+def summed(params):
+    return jnp.sum(params["user"] ** 2)
+
+
+def assigned(params):
+    return jnp.sum(params["user"].at[0].set(0.0)[USERS])
+
+
+def scanned(params):
+    return jax.lax.scan(lambda c, row: (c + row.sum(), None), 0.0, params["user"])[0]
+
+
+def all_rows(params):
+    return jnp.sum(params["user"][:, USERS % 4])
+
+
+def returned(params):
+    table = jax.lax.cond(USERS[0] > 0, lambda: params["user"], lambda: -params["user"])
+    return jnp.sum(table[USERS])
+
+
+@pytest.mark.parametrize(
+    ("loss", "reason"),
+    [
+        (summed, "is used by reduce_sum at"),
+        (assigned, "is used by scatter at"),
+        (scanned, "changes in scan at"),
+        (all_rows, "has a part of each of its rows taken by gather at"),
+        (returned, "is a result of cond at"),
+    ],
+)
+def test_other_uses_are_dense_and_say_why(params, loss, reason):
+    check(loss, params, rows=set())
+    explanation = value_and_row_grad(loss).explain(params)
+    assert f"user: dense, as it {reason} test_gradients.py:" in explanation
+    with pytest.raises(ValueError, match=f"Table user {reason} test_gradients.py:"):
+        value_and_row_grad(loss, TABLES)(params)
+
+
+def test_explain_names_every_leaf(params):
+    lines = value_and_row_grad(loss).explain(params, USERS, PAIRS).split("\n")
+    first = inspect.getsourcelines(loss)[1] + 2
+    user, left, both, score = (f"test_gradients.py:{first + i}" for i in range(4))
+    assert lines == [
+        f"items.item: rows, looked up by gather at {left}, gather at {both}",
+        f"mlp: dense, as it is used by dot_general at {score}",
+        f"user: rows, looked up by gather at {user}",
+    ]
+    lines = value_and_row_grad(loss, TABLES).explain(params, USERS, PAIRS).split("\n")
+    assert lines[1] == "mlp: dense, as tables says"
+
+
+def test_a_leaf_that_is_not_used(params):
     def of_users(params, ids):
         return jnp.sum(params["user"][ids])
 
-    _, gradients = value_and_row_grad(of_users, TABLES)(params, USERS)
+    check(of_users, params, USERS, rows={"user"})
+    gradients = check(
+        of_users, params, USERS, rows={"user", "items.item"}, tables=TABLES
+    )
     assert gradients["items"]["item"].ids.shape == (0,)
-    assert not gradients["mlp"].any()
+    assert "is never looked up" in value_and_row_grad(of_users).explain(params, USERS)
+
+
+def test_auxiliary_output_is_what_it_is_in_jax(params):
+    class Opaque:
+        pass
+
+    opaque = Opaque()
+
+    def with_aux(params, *batch):
+        found = params["user"][batch[0]]
+        return loss(params, *batch), {
+            "rows": found,
+            "table": params["user"],
+            "scaled": params["user"] * 2,
+            "name": "a string",
+            "count": 3,
+            "numpy": np.ones(2),
+            "none": None,
+            "opaque": opaque,
+        }
+
+    grad = value_and_row_grad(with_aux, has_aux=True)
+    (value, aux), gradients = grad(params, USERS, PAIRS)
+    dense = jax.value_and_grad(with_aux, has_aux=True)
+    (expected, expected_aux), _ = dense(params, USERS, PAIRS)
+    assert aux.pop("opaque") is expected_aux.pop("opaque") is opaque
+    assert aux.pop("name") == expected_aux.pop("name")
+    assert aux["count"] == 3
+    assert isinstance(aux["count"], int)
+    chex.assert_trees_all_close((value, aux), (expected, expected_aux), rtol=1e-12)
+    assert rows_of(gradients) == {"user", "items.item"}
+
+
+def test_the_loss_runs_once_for_each_trace(params):
+    calls = []
+
+    def counted(params, *batch):
+        calls.append(batch)
+        return loss(params, *batch)
+
+    grad = jax.jit(value_and_row_grad(counted))
+    for _ in range(3):
+        grad(params, USERS, PAIRS)
+    assert len(calls) == 1
+
+
+def test_numpy_ids_are_data_and_closed_over_arrays_too(params):
+    check(
+        loss,
+        params,
+        np.asarray(USERS),
+        np.asarray(PAIRS),
+        rows={"user", "items.item"},
+        jit=False,
+    )
+
+    def closed(params):
+        return loss(params, USERS, PAIRS)
+
+    check(closed, params, rows={"user", "items.item"})
+
+
+def test_negative_ids_are_padding_where_the_lookup_says_so(params):
+    def total(params, ids):
+        rows = params["user"].at[ids]
+        rows = rows.get(mode="fill", fill_value=0, wrap_negative_indices=False)
+        return jnp.sum(rows @ params["mlp"])
+
+    gradients = check(total, params, jnp.array([3, -1, 7, 3]), rows={"user"})
+    assert gradients["user"].ids.tolist() == [3, -1, -1, 3]
+
+
+def test_nan_of_the_fill_mode_is_no_gradient(params):
+    def total(params, ids):
+        rows = params["user"].at[ids].get(mode="fill")
+        return jnp.nansum(rows**2)
+
+    gradients = check(total, params, jnp.array([3, 9]), rows={"user"})
+    assert gradients["user"].ids.tolist() == [3, -1]
 
 
 def test_a_model_is_trained(params):
@@ -110,7 +237,7 @@ def test_a_model_is_trained(params):
 
     @jax.jit
     def step(params, state):
-        value, gradients = value_and_row_grad(loss, TABLES)(params, USERS, PAIRS)
+        value, gradients = value_and_row_grad(loss)(params, USERS, PAIRS)
         updates, state = tx.update(gradients, state, params)
         return optax.apply_updates(params, updates), state, value
 
@@ -123,20 +250,23 @@ def test_a_model_is_trained(params):
 
 
 @pytest.mark.parametrize(
-    ("tables", "lookup", "message"),
-    [
-        ({"user": True}, lambda p: p["user"][USERS], "prefix of the tree"),
-        (TABLES, lambda p: p["user"][0.5], "integer ids"),
-        (TABLES, lambda p: p["user"][1:3], "integer ids"),
-        (TABLES, lambda p: p["user"][USERS, 0], "integer ids"),
-        (TABLES, lambda p: p["user"][USERS > 1], "integer ids"),
-    ],
+    ("tables", "message"),
+    [({"user": True}, "prefix of the tree"), (True, "mlp is used by dot_general")],
 )
-def test_bad_use(params, tables, lookup, message):
+def test_bad_tables(params, tables, message):
     with pytest.raises(ValueError, match=message):
-        value_and_row_grad(lambda p: jnp.sum(lookup(p)), tables)(params)
+        value_and_row_grad(loss, tables)(params, USERS, PAIRS)
 
 
 def test_a_scalar_is_no_table():
     with pytest.raises(ValueError, match="scalar"):
-        value_and_row_grad(lambda p: p, True)(jnp.zeros(()))
+        value_and_row_grad(lambda p: p["a"], True)({"a": jnp.zeros(())})
+
+
+def test_slices_of_a_bfloat16_table_are_bfloat16():
+    table = jnp.ones((5, 2), jnp.bfloat16)
+    _, gradients = value_and_row_grad(lambda t, i: jnp.sum(t[i].astype(jnp.float32)))(
+        table, USERS % 5
+    )
+    assert isinstance(gradients, RowSlices)
+    assert gradients.rows.dtype == jnp.bfloat16

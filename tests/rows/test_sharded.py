@@ -19,10 +19,19 @@ MESHES = {
 }
 
 
+def look_up(table, ids):
+    """What explicit axes want to know, as for any lookup in JAX."""
+    sharding = jax.typeof(ids).sharding
+    if AxisType.Explicit not in sharding.mesh.axis_types:
+        return table[ids]
+    spec = PartitionSpec(*sharding.spec, None)
+    return table.at[ids].get(out_sharding=NamedSharding(sharding.mesh, spec))
+
+
 def loss(params, users, pairs):
     user, items = params["user"], params["item"]
-    both = items[pairs].sum(1) * items[users]
-    return jnp.mean(((user[users] * both) @ params["scale"]) ** 2)
+    both = look_up(items, pairs).sum(1) * look_up(items, users)
+    return jnp.mean(((look_up(user, users) * both) @ params["scale"]) ** 2)
 
 
 def train(tx, params, users, pairs, *, jit=True, steps=3):
