@@ -1,6 +1,7 @@
 """Which optimizers of the registry a test runs on."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from registry import VARIANTS, Variant
@@ -8,8 +9,16 @@ from registry import VARIANTS, Variant
 
 def only(holds: Callable[[Variant], object]) -> pytest.MarkDecorator:
     """Runs a test only on the optimizers for which something holds."""
-    chosen = [key for key, variant in VARIANTS.items() if holds(variant)]
-    return pytest.mark.parametrize("variant", chosen, indirect=True)
+    return pytest.mark.parametrize("variant", chosen(holds), indirect=True)
+
+
+def chosen(holds: Callable[[Variant], object] = bool) -> list[Any]:
+    """The optimizers for which something holds; all but first variants are slow."""
+    return [
+        key if variant.is_first else pytest.param(key, marks=pytest.mark.slow)
+        for key, variant in VARIANTS.items()
+        if holds(variant)
+    ]
 
 
 def with_argument(name: str) -> pytest.MarkDecorator:

@@ -23,7 +23,8 @@ class Row:
       by_row: whether its rule looks at whole rows, not at each entry by itself.
       needs_params: whether `update` needs params, also without weight decay.
       descends: whether it minimises, and so stays where the gradient is 0.
-      variants: options that change its program, by a name.
+      variants: options that change its program, by a name. The contracts of
+        all but the first are slow tests.
     """
 
     optimizer: Callable[..., optax.GradientTransformationExtraArgs]
@@ -175,6 +176,11 @@ class Variant:
     def optimizer(self) -> Callable[..., optax.GradientTransformationExtraArgs]:
         """The function, which takes further options."""
         return self.row.optimizer
+
+    @property
+    def is_first(self) -> bool:
+        """Whether these are the first options of the row."""
+        return self.options is next(iter(self.row.variants.values()))
 
     @property
     def decay(self) -> str:

@@ -41,7 +41,7 @@ def test_a_toy_optimizer_passes_every_contract(tmp_path):
             file.write_text((file.read_text() if file.exists() else "") + text)
     command = [sys.executable, "-m", "pytest", "-q", "-n0", "--tb=short"]
     result = subprocess.run(
-        [*command, "-k", "heavyball", *CONTRACTS],
+        [*command, "-m", "slow or not slow", "-k", "heavyball", *CONTRACTS],
         cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": str(tmp_path)},
         capture_output=True,
