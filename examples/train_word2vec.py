@@ -126,24 +126,26 @@ def batches(corpus: Corpus, batch_size: int, seed: int) -> Iterator[Batch]:
 
 def loss_fn(params: Any, batch: Batch, negatives: jax.Array) -> jax.Array:
     """The loss summed over all pairs. Where there is no word it looks up no row."""
-    centers = params["input"][batch.centers]
+    centers = params["input"][batch.centers].astype(jnp.float32)
     contexts = (
         params["output"]
         .at[batch.contexts]
         .get(mode="fill", fill_value=0, wrap_negative_indices=False)
+        .astype(jnp.float32)
     )
+    others = params["output"][negatives].astype(jnp.float32)
     is_pair = batch.contexts >= 0
     positive = jax.nn.softplus(-jnp.einsum("bd,bcd->bc", centers, contexts))
-    negative = jax.nn.softplus(centers @ params["output"][negatives].T).mean(1)
+    negative = jax.nn.softplus(centers @ others.T).mean(1)
     per_pair = positive + NEGATIVES_PER_PAIR * negative[:, None]
     return jnp.sum(jnp.where(is_pair, per_pair, 0))
 
 
-def init_params(num_words: int, dim: int, seed: int) -> Params:
+def init_params(num_words: int, dim: int, seed: int, dtype: str) -> Params:
     """Small random vectors for words in the middle, zeros for the words around them."""
     shape = (num_words, dim)
     vectors = jax.random.uniform(jax.random.key(seed), shape, minval=-0.5, maxval=0.5)
-    return {"input": vectors / dim, "output": jnp.zeros(shape)}
+    return {"input": (vectors / dim).astype(dtype), "output": jnp.zeros(shape, dtype)}
 
 
 def make_step(tx: optax.GradientTransformation, way: str, corpus: Corpus) -> Step:
@@ -164,7 +166,7 @@ def make_step(tx: optax.GradientTransformation, way: str, corpus: Corpus) -> Ste
         negatives = jnp.searchsorted(cumulative, uniform, side="right")
         loss, gradients = value_and_grad(params, batch, negatives)
         updates, state = tx.update(gradients, state, params)
-        params = optax.apply_updates(params, updates)
+        params = monolith_optax.apply_updates(params, updates)
         return params, state, loss / jnp.sum(batch.contexts >= 0)
 
     return step
@@ -255,6 +257,12 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=128, help="words per step")
     parser.add_argument("--learning-rate", type=float, help="peak of a linear decay")
     parser.add_argument(
+        "--table-dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="dtype of the vectors; bfloat16 is rounded stochastically",
+    )
+    parser.add_argument(
         "--seed", type=int, default=0, help="seed of vectors and mini-batches"
     )
     parser.add_argument(
@@ -275,6 +283,8 @@ def main() -> None:
     peak = default_rate if args.learning_rate is None else args.learning_rate
     num_steps = min(args.steps, 200) if args.quick else args.steps
     tx = make(optax.linear_schedule(peak, 0.0, num_steps))
+    if args.table_dtype == "bfloat16":
+        tx = monolith_optax.stochastic_rounding(tx, args.seed)
     steps = {
         "row-sparse": make_step(monolith_optax.lazy_rows(tx), "row-sparse", corpus),
         "dense": make_step(tx, "dense", corpus),
@@ -282,11 +292,13 @@ def main() -> None:
     way, other = reversed(WAYS) if args.dense else WAYS
 
     stream = batches(corpus, args.batch_size, args.seed)
-    params = init_params(num_words, args.dim, args.seed)
+    params = init_params(num_words, args.dim, args.seed, args.table_dtype)
+    megabytes = sum(table.nbytes for table in params.values()) / 1e6
+    print(f"The tables have {megabytes:.1f} MB in {args.table_dtype}.")
     keys = jax.random.split(jax.random.key(args.seed), num_steps)
     params, curve = train(steps[way], params, tx.init(params), stream, keys)
 
-    vectors = np.asarray(params["input"])
+    vectors = np.asarray(params["input"], np.float32)
     vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
     groups = neighbours(vectors, corpus)
     print("\nNearest neighbours:")
@@ -297,7 +309,7 @@ def main() -> None:
 
     speeds = {}
     for name in (way, other):
-        params = init_params(num_words, args.dim, args.seed)
+        params = init_params(num_words, args.dim, args.seed, args.table_dtype)
         speeds[name] = words_per_second(steps[name], params, tx.init(params), stream)
     print(f"\nMedian speed of {TIMED_STEPS} steps on tables of {num_words} rows:")
     for name, speed in speeds.items():

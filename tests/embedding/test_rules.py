@@ -98,7 +98,7 @@ def test_the_group_lasso_removes_some_rows_whole():
         strength = options.get("l1_regularization", options.get("l2_regularization"))
         if name.startswith("group") and strength >= 5:
             params, _ = run(getattr(embedding, name)(**options))
-            removed = np.asarray(params == 0)
+            removed = np.asarray(params) == 0
             assert removed.all(axis=1).sum() == 4
             assert removed.any(axis=1).sum() == 4
 

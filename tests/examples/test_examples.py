@@ -48,6 +48,22 @@ def test_train_linear_refuses_bad_options(options):
     assert options[0] in result.stderr
 
 
+@pytest.mark.slow
+def test_train_word2vec_with_tables_of_half_the_memory(tmp_path):
+    """The loss ends where it does in float32, to within what a seed changes."""
+    losses, megabytes = {}, {}
+    for dtype, seed in (("float32", 0), ("float32", 1), ("bfloat16", 0)):
+        options = ["--quick", "--seed", str(seed), "--plot", tmp_path / "words.png"]
+        result = run("train_word2vec.py", "--table-dtype", dtype, *options)
+        assert result.returncode == 0, result.stderr
+        losses[dtype, seed] = float(re.findall(r"loss=([\d.]+)", result.stderr)[-1])
+        megabytes[dtype] = float(re.search(r"([\d.]+) MB", result.stdout)[1])
+    spread = abs(losses["float32", 0] - losses["float32", 1])
+    print(losses)
+    assert abs(losses["bfloat16", 0] - losses["float32", 0]) <= max(spread, 0.01)
+    assert megabytes["bfloat16"] == pytest.approx(megabytes["float32"] / 2, abs=0.1)
+
+
 def test_train_word2vec_quickly(tmp_path):
     picture = tmp_path / "words.png"
     result = run("train_word2vec.py", "--quick", "--plot", picture)
