@@ -6,7 +6,7 @@ import jax
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from monolith_optax._optimizers.base import from_rule, root, tied
+from monolith_optax._optimizers.base import from_rule, root_to_add, tied
 from monolith_optax._optimizers.slots import Slot
 from monolith_optax._optimizers.weight_decay import Mask, WeightDecay
 from monolith_optax._public import public
@@ -126,7 +126,7 @@ def adamom(
         if not compact_c:
             c = tied(c, to=v)
         if use_v2:
-            step = m * learning_rate / (root(v / c) + epsilon)
+            step = m * learning_rate / (root_to_add(v / c) + epsilon)
         else:
             step = m * learning_rate * jax.lax.rsqrt(v / c + epsilon)
         return -step, slots._replace(m=m, v=v, c=c)

@@ -6,7 +6,7 @@ import jax
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from monolith_optax._optimizers.base import from_rule, root
+from monolith_optax._optimizers.base import from_rule, root_to_add
 from monolith_optax._optimizers.weight_decay import Mask, WeightDecay
 from monolith_optax._public import public
 
@@ -127,7 +127,7 @@ def rmsprop(
         del w
         if use_v2:
             v = beta2 * slots.v + g * g
-            m = beta1 * slots.m + g * learning_rate / (root(v) + epsilon)
+            m = beta1 * slots.m + g * learning_rate / (root_to_add(v) + epsilon)
         else:
             v = slots.v + (g * g - slots.v) * (1 - beta2)
             m = beta1 * slots.m + g * learning_rate * jax.lax.rsqrt(v + epsilon)
