@@ -14,7 +14,6 @@ import argparse
 import functools
 import itertools
 import re
-import textwrap
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -240,11 +239,10 @@ def draw_map(
     axes: Any, params: Params, data: Data, groups: dict[str, list[str]]
 ) -> None:
     """Draws the first two principal components of some movies."""
-    group_of = {
-        title: number
-        for number, (film, nearest) in reversed([*enumerate(groups.items())])
-        for title in (film, *nearest)
-    }
+    group_of = {film: number for number, film in enumerate(groups)}
+    for film, nearest in groups.items():
+        for title in nearest:
+            group_of.setdefault(title, group_of[film])
     cloud = np.asarray(params["movie"]["embedding"][...])
     cloud = cloud[[data.titles.index(title) for title in group_of]]
     cloud = cloud - cloud.mean(0)
@@ -254,7 +252,7 @@ def draw_map(
     ):
         axes.plot(x, y, ".", color=f"C{number}")
         axes.annotate(
-            textwrap.fill(title, 24),
+            title if len(title) < 25 else re.split(": | - ", title)[-1],
             (x, y),
             xytext=(4, 0),
             textcoords="offset points",
