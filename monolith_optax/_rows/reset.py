@@ -1,4 +1,4 @@
-"""reset_rows: rows of tables whose owner is new start afresh, with all of their slots."""
+"""reset_rows: rows with a new owner get new weights and initial slots."""
 
 from typing import Any
 
@@ -129,9 +129,12 @@ def _new_rows(table: Table, weights: Any, start: Any) -> jax.Array:
 
 def _written(array: Any, table: Table, new: jax.Array) -> jax.Array:
     array = jnp.asarray(array)
-    return array.at[table.ids].set(
-        new.astype(array.dtype), mode="drop", out_sharding=explicit_sharding(array)
+    new = new.astype(array.dtype)
+    # Rows may repeat, so nothing is promised as in Table.scatter.
+    written: jax.Array = array.at[table.ids].set(
+        new, mode="drop", out_sharding=explicit_sharding(array)
     )
+    return written
 
 
 def _slots(
@@ -149,12 +152,7 @@ def _slots(
 
     types = jax.tree.map(jax.typeof, weights)
     program, shapes = trace(init, types)
-    leaves = jax.tree.leaves_with_path(state)
-    if jax.tree.structure(state) != jax.tree.structure(shapes):
-        raise ValueError(
-            "The state must be that of the optimizer for these params, but it is "
-            f"{jax.tree.structure(state)} instead of {jax.tree.structure(shapes)}."
-        )
+    _check_state(state, shapes)
     runner = Runner(list(tables.values()))
     operands: list[Value] = [
         Rows(news[i], tables[i]) if i in tables else runner.whole(array)
@@ -164,22 +162,35 @@ def _slots(
     initial = runner.run(program, operands)
     owners = _owners(init, types, shapes, tables)
     written = []
-    for (path, old), shape, owner, value in zip(
-        leaves, jax.tree.leaves(shapes), owners, initial, strict=True
+    for (path, old), owner, value in zip(
+        jax.tree.leaves_with_path(state), owners, initial, strict=True
     ):
-        name = f"state{keystr(path)}"
-        if np.shape(old) != shape.shape:
-            raise ValueError(
-                f"{name} has the shape {np.shape(old)}, but the optimizer gives it "
-                f"{shape.shape} for these params."
-            )
         if owner is None:
             written.append(old)
             continue
         if isinstance(value, Rows) and value.table is not owner:
+            name = f"state{keystr(path)}"
             raise MixesRowsError(f"{name} depends on rows of {value.table.name}")
         written.append(_written(old, owner, value.at(owner)))
     return jax.tree.unflatten(jax.tree.structure(state), written)
+
+
+def _check_state(state: optax.OptState, shapes: Any) -> None:
+    given: Any = jax.tree.structure(state)
+    expected: Any = jax.tree.structure(shapes)
+    if given != expected:
+        raise ValueError(
+            "The state must be that of the optimizer for these params, but it is "
+            f"{given} instead of {expected}."
+        )
+    for (path, leaf), shape in zip(
+        jax.tree.leaves_with_path(state), jax.tree.leaves(shapes), strict=True
+    ):
+        if np.shape(leaf) != shape.shape:
+            raise ValueError(
+                f"state{keystr(path)} has the shape {np.shape(leaf)}, but the optimizer "
+                f"gives it {shape.shape} for these params."
+            )
 
 
 def _owners(
@@ -196,7 +207,8 @@ def _owners(
             (table.num_rows + 1, *types[i].shape[1:]), types[i].dtype
         )
         grown = jax.eval_shape(init, [*types[:i], more, *types[i + 1 :]])
-        if jax.tree.structure(grown) != jax.tree.structure(shapes):
+        same: Any = jax.tree.structure(shapes)
+        if jax.tree.structure(grown) != same:
             raise ValueError(
                 f"The optimizer's state has another structure if {table.name} has one "
                 "row more, so its slots cannot be told: let no mask or label depend on "

@@ -65,7 +65,8 @@ def export_hash_tables(
         if ids[name].capacity != parts[0].shape[0]:
             raise ValueError(
                 f"The ids of table {name!r} are for {ids[name].capacity} rows, but "
-                f"{parts[0].path!r} has {parts[0].shape[0]}: give the map of this table."
+                f"{parts[0].path!r} has {parts[0].shape[0]}: give the map of this "
+                "table."
             )
     arrays = jax.tree.leaves((params, state))
     return {name: _table(arrays, ids[name], parts) for name, parts in tables.items()}
@@ -79,12 +80,16 @@ def _table(arrays: list[Any], ids: IdMap, parts: list[Part]) -> HashTable:
 
     def slot(part: Part, name: str) -> np.ndarray:
         steps = KINDS[part.optimizer].slots[name] == STEP
-        array = np.asarray(arrays[part.slots[name]])[rows]
+        array: np.ndarray = np.asarray(arrays[part.slots[name]])[rows]
         return array.astype(np.int64) if steps else array
 
     weights = [np.asarray(arrays[part.weights])[rows] for part in parts]
     segments = [
-        Segment(part.optimizer, part.shape[1], {x: slot(part, x) for x in part.slots})
+        Segment(
+            part.optimizer,
+            part.shape[1],
+            {x: slot(part, x) for x in KINDS[part.optimizer].slots},
+        )
         for part in parts
     ]
     return HashTable(

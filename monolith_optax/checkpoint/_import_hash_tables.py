@@ -108,8 +108,8 @@ def _check(name: str, table: HashTable, parts: list[Part]) -> None:
     if entries >= rows:
         raise ValueError(
             f"Table {name!r} has {entries} entries, but {parts[0].path!r} has {rows} "
-            f"rows, of which row 0 is that of unknown ids: make it {entries + 1} rows or "
-            "more."
+            f"rows, of which row 0 is that of unknown ids: make it {entries + 1} "
+            "rows or more."
         )
     arrays: dict[Any, Any] = {
         (k, slot): array

@@ -167,7 +167,8 @@ def _entries(
 ) -> list[Entry]:
     """The entry of each leaf of `(params, state)`."""
     shapes = {
-        path_of(path): np.shape(leaf) for path, leaf in jax.tree.leaves_with_path(params)
+        path_of(path): np.shape(leaf)
+        for path, leaf in jax.tree.leaves_with_path(params)
     }
     variable = _variable_namer(variable_names, list(shapes))
 
@@ -182,7 +183,9 @@ def _entries(
     def of_tree(tree: Any) -> Any:
         return jax.tree.map_with_path(of_state, tree, is_leaf=_is_known)
 
-    variables = jax.tree.map_with_path(lambda p, _: Tensor(variable(path_of(p))), params)
+    variables = jax.tree.map_with_path(
+        lambda p, _: Tensor(variable(path_of(p))), params
+    )
     slots = of_tree(state)
     if not any(map(is_ours, jax.tree.leaves(state, is_leaf=is_ours))):
         raise ValueError(

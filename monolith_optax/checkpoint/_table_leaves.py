@@ -54,7 +54,9 @@ def parts_of(
     """
     uses = Counter(path for paths in leaves.values() for path in paths)
     if twice := [path for path, times in uses.items() if times > 1]:
-        raise ValueError(f"leaves names {twice} for several tables: give each one leaf.")
+        raise ValueError(
+            f"leaves names {twice} for several tables: give each one leaf."
+        )
     found = _Found(params, state)
     tables = {
         name: [found.part(name, *segment) for segment in paths.items()]
@@ -91,8 +93,8 @@ class _Found:
             )
         if path not in self._weights:
             raise ValueError(
-                f"{where} is not in params, whose leaves are {list(self._weights)}: give "
-                "one of these paths in leaves."
+                f"{where} is not in params, whose leaves are {list(self._weights)}: "
+                "give one of these paths in leaves."
             )
         index = self._weights[path]
         weights = self._leaves[index]
@@ -124,9 +126,9 @@ class _Found:
             given = sorted({f"{slot.optimizer}.{slot.name}" for slot, _ in there})
             raise ValueError(
                 f"{where} must have the slots of one embedding.{optimizer}, which are "
-                f"{list(KINDS[optimizer].slots)}, but the state has {given} for it, and "
-                f"has optimizers of the kinds {sorted(self._kinds)}: use this optimizer "
-                "for the leaf, for instance with optax.partition."
+                f"{list(KINDS[optimizer].slots)}, but the state has {given} for it, "
+                f"and has optimizers of the kinds {sorted(self._kinds)}: use this "
+                "optimizer for the leaf, for instance with optax.partition."
             )
         return {slot.name: index for slot, index in there}
 
@@ -141,8 +143,8 @@ class _Found:
             )
         if leaf.shape != shape or dtype_of(leaf) != dtype:
             raise ValueError(
-                f"{where} must be an array of dtype {np.dtype(dtype)} and shape {shape}, "
-                f"as in Monolith, but it is {describe(leaf)}."
+                f"{where} must be an array of dtype {np.dtype(dtype)} and shape "
+                f"{shape}, as in Monolith, but it is {describe(leaf)}."
             )
 
 
