@@ -188,8 +188,8 @@ def _check_state(state: optax.OptState, shapes: Any) -> None:
     ):
         if np.shape(leaf) != shape.shape:
             raise ValueError(
-                f"state{keystr(path)} has the shape {np.shape(leaf)}, but the optimizer "
-                f"gives it {shape.shape} for these params."
+                f"state{keystr(path)} has the shape {np.shape(leaf)}, but the "
+                f"optimizer gives it {shape.shape} for these params."
             )
 
 
