@@ -22,6 +22,7 @@ from monolith_optax._rows.collectives import psum as psum
 from monolith_optax._rows.gradients import value_and_row_grad as value_and_row_grad
 from monolith_optax._rows.lazy import lazy_rows as lazy_rows
 from monolith_optax._rows.norms import global_norm as global_norm
+from monolith_optax._rows.reset import reset_rows as reset_rows
 from monolith_optax._rows.slices import RowSlices as RowSlices
 
 __version__: str

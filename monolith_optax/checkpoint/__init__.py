@@ -5,11 +5,18 @@ arrays and `(params, state)`; `read_tensorflow` and `write_tensorflow` convert b
 such a mapping and TensorFlow's files. `python -m monolith_optax.checkpoint` shows and
 converts these files.
 `hash_tables`, `read_hash_table` and `write_hash_table` handle the hash tables beside
-such a checkpoint, and need no TensorFlow.
+such a checkpoint, and need no TensorFlow; `import_hash_tables` and `export_hash_tables`
+move them into `(params, state)` and back.
 """
 
+from monolith_optax.checkpoint._export_hash_tables import (
+    export_hash_tables as export_hash_tables,
+)
 from monolith_optax.checkpoint._hash_table import HashTable as HashTable
 from monolith_optax.checkpoint._hash_table import Segment as Segment
+from monolith_optax.checkpoint._import_hash_tables import (
+    import_hash_tables as import_hash_tables,
+)
 from monolith_optax.checkpoint._list_hash_tables import HashTableInfo as HashTableInfo
 from monolith_optax.checkpoint._list_hash_tables import hash_tables as hash_tables
 from monolith_optax.checkpoint._read_hash_table import (
@@ -31,8 +38,10 @@ __all__ = [
     "HashTableInfo",
     "Segment",
     "TensorFlowCheckpoint",
+    "export_hash_tables",
     "export_slots",
     "hash_tables",
+    "import_hash_tables",
     "import_slots",
     "read_hash_table",
     "read_tensorflow",

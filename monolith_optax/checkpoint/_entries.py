@@ -156,11 +156,15 @@ def tensor(
 
 def placed(value: np.ndarray, leaf: Any) -> Any:
     """A copy of the value, on the devices of the leaf."""
-    copy = np.array(value)
+    return handed_over(np.array(value), leaf)
+
+
+def handed_over(value: np.ndarray, leaf: Any) -> Any:
+    """A value that nobody else changes, on the devices of the leaf."""
     if isinstance(leaf, np.ndarray | np.generic):
-        return copy
+        return value
     committed = getattr(leaf, "committed", True)
-    return jax.device_put(copy, getattr(leaf, "sharding", None) if committed else None)
+    return jax.device_put(value, getattr(leaf, "sharding", None) if committed else None)
 
 
 def _check_scalar(name: str, leaf: Any) -> None:

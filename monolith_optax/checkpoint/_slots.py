@@ -167,12 +167,13 @@ def _entries(
 ) -> list[Entry]:
     """The entry of each leaf of `(params, state)`."""
     shapes = {
-        _path(path): np.shape(leaf) for path, leaf in jax.tree.leaves_with_path(params)
+        path_of(path): np.shape(leaf)
+        for path, leaf in jax.tree.leaves_with_path(params)
     }
     variable = _variable_namer(variable_names, list(shapes))
 
     def of_state(path: Any, node: Any) -> Any:
-        if _is_ours(node):
+        if is_ours(node):
             name_of_type = type(node).__name__.removesuffix("State")
             return _entries_of(node, name or name_of_type, variable, shapes)
         if isinstance(node, _SCHEDULES):
@@ -182,9 +183,11 @@ def _entries(
     def of_tree(tree: Any) -> Any:
         return jax.tree.map_with_path(of_state, tree, is_leaf=_is_known)
 
-    variables = jax.tree.map_with_path(lambda p, _: Tensor(variable(_path(p))), params)
+    variables = jax.tree.map_with_path(
+        lambda p, _: Tensor(variable(path_of(p))), params
+    )
     slots = of_tree(state)
-    if not any(map(_is_ours, jax.tree.leaves(state, is_leaf=_is_ours))):
+    if not any(map(is_ours, jax.tree.leaves(state, is_leaf=is_ours))):
         raise ValueError(
             "state must contain the state of an optimizer of monolith_optax, but it is "
             f"{jax.tree.structure(state)}."
@@ -215,7 +218,7 @@ def _entries_of(
     slots = {field: getattr(state, field) for field in state._fields[1:]}
     full = [tree for tree in slots.values() if not _is_scalar(tree)]
     like_params = full[0] if full else next(iter(slots.values()), ())
-    paths = [_path(path) for path, _ in jax.tree.leaves_with_path(like_params)]
+    paths = [path_of(path) for path, _ in jax.tree.leaves_with_path(like_params)]
     if unknown := [path for path in paths if path not in shapes]:
         raise ValueError(
             f"state has slots for {unknown}, but the parameters are {list(shapes)}. "
@@ -227,7 +230,7 @@ def _entries_of(
             names = {f"{variable(p)}/{optimizer}/{slot}": shapes[p] for p in paths}
             return Shared(names)
         return jax.tree.map_with_path(
-            lambda p, _: Tensor(f"{variable(_path(p))}/{optimizer}/{slot}"), tree
+            lambda p, _: Tensor(f"{variable(path_of(p))}/{optimizer}/{slot}"), tree
         )
 
     entries = {slot: tensors(slot, tree) for slot, tree in slots.items()}
@@ -268,15 +271,15 @@ def _is_scalar(tree: Any) -> bool:
     return is_leaf(tree) and np.shape(tree) == ()
 
 
-def _path(path: Any) -> str:
+def path_of(path: Any) -> str:
     return keystr(path, simple=True, separator="/")
 
 
-def _is_ours(node: Any) -> bool:
+def is_ours(node: Any) -> bool:
     """Whether a node is the state of one of this package's optimizers."""
     fields = getattr(node, "_fields", ())
     return type(node).__module__ in _PUBLIC and fields[:1] == ("count",)
 
 
 def _is_known(node: Any) -> bool:
-    return _is_ours(node) or isinstance(node, _SCHEDULES)
+    return is_ours(node) or isinstance(node, _SCHEDULES)
