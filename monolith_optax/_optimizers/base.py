@@ -201,4 +201,4 @@ def root_to_add(x: jax.Array) -> jax.Array:
 
     The root of 0 is 1e-19 in float32: a sum with an epsilon is the same as with 0.
     """
-    return jnp.sqrt(jnp.maximum(x, jnp.finfo(x.dtype).tiny))
+    return jnp.sqrt(jnp.maximum(x, np.finfo(x.dtype).tiny))

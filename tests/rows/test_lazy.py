@@ -291,7 +291,8 @@ def test_params_are_needed(params):
 @pytest.mark.parametrize("optimizer", [adamom, rmsprop])
 def test_plain_optimizers_refuse_slices(params, optimizer):
     tx = optimizer()
-    with pytest.raises(ValueError, match=r"\['table'\]: expected an array, got RowSlices.*lazy_rows"):
+    expected = r"\['table'\]: expected an array, got RowSlices.*lazy_rows"
+    with pytest.raises(ValueError, match=expected):
         tx.update(batch(np.array([1])), tx.init(params), params)
 
 
