@@ -10,6 +10,7 @@ from jax.tree_util import keystr
 
 from monolith_optax._leaves import describe, dtype_of
 from monolith_optax._rows.jaxprs import trace
+from monolith_optax._rows.opaque_ids import int32_ids
 from monolith_optax._rows.program import Runner
 from monolith_optax._rows.shardings import explicit_sharding, replicated
 from monolith_optax._rows.tables import Table
@@ -39,7 +40,8 @@ def reset_rows(
       state: the optimizer's state.
       rows: a tree that is a prefix of params: for each table the rows to reset,
         integers of shape (k,), and None for leaves that keep all of their rows. Rows
-        that are negative or beyond the table are padding and do nothing.
+        that are negative or beyond the table are padding and do nothing. A row that is
+        there twice gets either of its new weights.
       init: a tree that is a prefix of params: the new weights of each table, an array
         that broadcasts to (k, ...), where ... is the shape of a row, or a number.
 
@@ -107,7 +109,7 @@ def _table(name: str, weights: Any, ids: Any) -> Table:
             f"The rows of {name} must have the shape (k,), but they are "
             f"{describe(ids)}."
         )
-    ids, num_rows = replicated(ids), len(weights)
+    ids, num_rows = replicated(int32_ids(ids)), len(weights)
     valid = (ids >= 0) & (ids < num_rows)
     return Table(name, num_rows, jnp.where(valid, ids, num_rows))
 

@@ -214,6 +214,25 @@ def test_bad_input(rows, init, error, match):
         reset_rows(tx, params, tx.init(params), rows, init)
 
 
+@pytest.mark.parametrize(
+    "rows", [np.array([2**32 + 3, 1, -(2**63)]), jnp.array([1, 255], jnp.uint8)]
+)
+def test_integers_of_other_widths_name_no_other_rows(rows):
+    table = jnp.ones((300, 2))
+    after, _ = reset_rows(adamom(), table, adamom().init(table), rows, 0.0)
+    expected = {3: [1], 2: [1, 255]}[len(rows)]
+    assert np.flatnonzero(after[:, 0] == 0).tolist() == expected
+
+
+def test_params_may_hold_none():
+    params = {"a": jnp.ones((3, 2)), "b": None}
+    state = adamom().init(params)
+    rows = {"a": jnp.array([1]), "b": None}
+    after, _ = reset_rows(adamom(), params, state, rows, 0.0)
+    assert after["b"] is None
+    assert after["a"][:, 0].tolist() == [1, 0, 1]
+
+
 def test_a_state_of_something_else():
     params, rows = parameters(), {"table": jnp.array([1]), "dense": None}
     with pytest.raises(ValueError, match="must be that of the optimizer"):
