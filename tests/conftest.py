@@ -3,8 +3,12 @@
 import pytest
 from registry import ROWS, VARIANTS
 
-RARE = {name for name, row in ROWS.items() if not row.is_sample}
-RARE |= {name for name, variant in VARIANTS.items() if not variant.row.is_sample}
+SAMPLES = {
+    f"{name}_{variant}".strip("_")
+    for name, row in ROWS.items()
+    for variant in row.samples
+}
+RARE = {*VARIANTS} - SAMPLES | {name for name, row in ROWS.items() if not row.samples}
 # The contracts of optax's own optimizers call ours so.
 IN_FOLDER = {
     "checkpoint": RARE,

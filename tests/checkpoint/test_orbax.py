@@ -41,6 +41,7 @@ def test_a_restored_run_continues_to_the_bit(tmp_path, name):
     chex.assert_trees_all_equal(step(*restored, ids), step(*run, ids))
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_killed_in_the_middle_of_a_save_it_continues_to_the_bit(tmp_path):
     """Sharded and row by row. The one that is killed is a process of its own."""

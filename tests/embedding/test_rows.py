@@ -39,6 +39,7 @@ def test_nothing_as_large_as_the_table_is_copied(name):
         assert not (f"[{num_rows}" in result and " copy" in result), line
 
 
+@pytest.mark.slow
 @EVERY_TABLE
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 def test_eight_devices_are_as_one(name, axis_type):

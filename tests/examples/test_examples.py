@@ -33,6 +33,7 @@ def test_train_linear_ends_within_one_percent_of_least_squares(tmp_path):
     assert "100%" in result.stderr  # the progress bar
 
 
+@pytest.mark.slow
 def test_train_linear_quickly_with_one_optimizer(tmp_path):
     options = ["--quick", "--optimizer", "rmsprop_v2", "--seed", "3"]
     options += ["--learning-rate", "0.05", "--plot", tmp_path / "curves.png"]
@@ -64,6 +65,7 @@ def test_train_word2vec_with_tables_of_half_the_memory(tmp_path):
     assert megabytes["bfloat16"] == pytest.approx(megabytes["float32"] / 2, abs=0.1)
 
 
+@pytest.mark.slow
 def test_train_word2vec_quickly(tmp_path):
     picture = tmp_path / "words.png"
     result = run("train_word2vec.py", "--quick", "--plot", picture)

@@ -23,7 +23,7 @@ class Row:
       by_row: whether its rule looks at whole rows, not at each entry by itself.
       needs_params: whether `update` needs params, also without weight decay.
       descends: whether it minimises, and so stays where the gradient is 0.
-      is_sample: whether its contracts run outside CI too, for each kind of slots.
+      samples: the variants whose contracts run outside CI too.
       variants: options that change its program, by a name.
     """
 
@@ -34,7 +34,7 @@ class Row:
     by_row: bool = False
     needs_params: bool = False
     descends: bool = True
-    is_sample: bool = False
+    samples: tuple[str, ...] = ()
     variants: dict[str, dict[str, Any]] = field(default_factory=lambda: {"": {}})
 
     @property
@@ -48,7 +48,7 @@ ROWS = {
         adamom,
         fractions=("ada_decay", "mom_decay"),
         nonnegative=("epsilon", "weight_decay"),
-        is_sample=True,
+        samples=("", "compact_c"),
         variants={
             "": {},
             "v2_decay": {"use_v2": True, "weight_decay": 1e-4},
@@ -59,7 +59,7 @@ ROWS = {
         rmsprop,
         fractions=("beta1", "beta2"),
         nonnegative=("epsilon", "weight_decay"),
-        is_sample=True,
+        samples=("v2_decay",),
         variants={
             "": {"beta1": 0.9, "learning_rate": 1e-3},
             "v2_decay": {"use_v2": True, "beta1": 0.9, "weight_decay": 1e-4},
@@ -69,7 +69,7 @@ ROWS = {
         embedding.adagrad,
         nonnegative=("initial_accumulator_value", "weight_decay_factor"),
         learning_rate=0.5,
-        is_sample=True,
+        samples=("",),
         variants={
             "": {},
             "bugs": {"bug_compatible": True, "weight_decay_factor": 1e-4},
@@ -163,7 +163,7 @@ ROWS = {
         nonnegative=("eps", "weight_decay"),
         learning_rate=0.5,
         by_row=True,
-        is_sample=True,
+        samples=("",),
         variants={"": {}, "decay": {"weight_decay": 1e-4}},
     ),
     "sgd": Row(embedding.sgd, learning_rate=1e-3),

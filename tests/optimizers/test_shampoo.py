@@ -169,6 +169,7 @@ def test_eigendecompositions_are_only_in_steps_that_need_them():
     assert changes == [False, False, False, False, True, False, True]
 
 
+@pytest.mark.slow
 def test_inside_optax():
     plain, _ = run(shampoo(0.1, **FAST))
     static = "warmup", "tau_1", "tau_2", "eigen_head", "eigen_tail", "damping_epsilon"

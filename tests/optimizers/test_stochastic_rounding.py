@@ -170,6 +170,7 @@ def test_noise_is_drawn_only_for_the_rows_of_a_batch():
     assert f"u32[{rows}" not in program
 
 
+@pytest.mark.slow
 def test_a_restored_run_continues_to_the_bit(tmp_path):
     tx = lazy_rows(stochastic_rounding(embedding.adagrad(0.1), 7))
     first, second = row_batches()
@@ -193,6 +194,7 @@ def test_a_restored_run_continues_to_the_bit(tmp_path):
     assert not np.array_equal(other[0]["table"], saved[0]["table"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_lazy", [False, True])
 def test_eight_devices_are_as_one(is_lazy):
     tx = stochastic_rounding(embedding.rowwise_adagrad(0.01), 0)

@@ -296,6 +296,7 @@ def test_plain_optimizers_refuse_slices(params, optimizer):
         tx.update(batch(np.array([1])), tx.init(params), params)
 
 
+@pytest.mark.slow
 def test_inside_optax(params):
     batches = [batch(covering(seed), seed) for seed in range(3)]
     plain, _ = run(lazy_rows(adamom(0.1)), params, batches)

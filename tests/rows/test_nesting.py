@@ -196,6 +196,7 @@ def test_constant_layers_of_a_loop_are_no_table():
     check(loss, params, IDS, rows={"t"})
 
 
+@pytest.mark.slow
 def test_the_derivatives_of_gradients_are_jaxs():
     ids = jnp.array([[1, -1, N + 9], [N - 1, 1, 0]])
 

@@ -90,6 +90,7 @@ def test_accepted_and_right(name):
     assert_lazy_is_dense(ACCEPTED[name]())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ACCEPTED)
 def test_accepted_and_right_inside_others(name):
     inner = ACCEPTED[name]()
@@ -169,6 +170,7 @@ LINKS = st.tuples(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=30)
 @given(st.lists(LINKS, min_size=1, max_size=4), st.sampled_from([1e-3, 1.0, 1e3]))
 def test_random_chains_are_right_or_refused(links, scale):

@@ -101,6 +101,7 @@ def test_eight_devices_are_as_one(data, make, mesh_name, batch_spec, axis_type):
     )
 
 
+@pytest.mark.slow
 def test_explicit_mesh_without_jit(data):
     tx = lazy_rows(adamom(0.1))
     expected = train(tx, *data, steps=1)
