@@ -53,7 +53,15 @@ def in_cond(params, ids):
     )
 
 
-@pytest.mark.parametrize("loss", [local, in_scan, in_cond, jax.checkpoint(local)])
+LOSSES = [
+    local,
+    in_scan,
+    pytest.param(in_cond, marks=pytest.mark.slow),
+    pytest.param(jax.checkpoint(local), marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("reduced", [False, True])
 @pytest.mark.parametrize("check_vma", [False, True])
 def test_data_parallel_inside_shard_map(params, loss, reduced, check_vma):
@@ -89,7 +97,7 @@ def test_data_parallel_inside_shard_map(params, loss, reduced, check_vma):
 
 
 @pytest.mark.parametrize("check_vma", [False, True])
-@pytest.mark.parametrize("loss", [local, in_scan, in_cond, jax.checkpoint(local)])
+@pytest.mark.parametrize("loss", LOSSES)
 def test_shard_map_inside_the_loss(params, loss, check_vma):
     mesh = mesh_of(AxisType.Auto)
 

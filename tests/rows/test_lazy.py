@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from monolith_optax import RowSlices, adamom, lazy_rows, rmsprop
 
 NUM_ROWS, DIM = 12, 3
+SLOW = pytest.mark.slow
 PADDING = [-1, -7, NUM_ROWS, NUM_ROWS + 1000]
 
 ELEMENTWISE = {
@@ -225,7 +226,10 @@ def test_norms_count_neither_padding_nor_duplicates_twice():
     assert (params["table"] + updates["table"])[4] == -0.5
 
 
-@pytest.mark.parametrize("id_dtype", ["int8", "uint32", "int32", "int64"])
+@pytest.mark.parametrize(
+    "id_dtype",
+    ["int32", *(pytest.param(x, marks=SLOW) for x in ("int8", "uint32", "int64"))],
+)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_dtypes(params, dtype, id_dtype):
     with jax.enable_x64(id_dtype == "int64"):

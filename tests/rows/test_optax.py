@@ -85,7 +85,18 @@ def wide():
         yield
 
 
-@pytest.mark.parametrize("name", ACCEPTED)
+COMMON = ["adam", "adamw", "adagrad", "momentum", "rmsprop_centered", "novograd"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        name
+        if name in COMMON or name.startswith("ours")
+        else pytest.param(name, marks=pytest.mark.slow)
+        for name in ACCEPTED
+    ],
+)
 def test_accepted_and_right(name):
     assert_lazy_is_dense(ACCEPTED[name]())
 

@@ -77,7 +77,9 @@ def data():
     [
         (adamom, "rows", PartitionSpec("x")),
         (rmsprop, "rows", PartitionSpec()),
-        (adamom, "rows_and_columns", PartitionSpec("x")),
+        pytest.param(
+            *(adamom, "rows_and_columns", PartitionSpec("x")), marks=pytest.mark.slow
+        ),
     ],
 )
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
