@@ -109,7 +109,7 @@ def batches(
 
 
 def logits(params: Any, batch: Batch) -> jax.Array:
-    """The model; the tables may be stand-ins that can only be looked up."""
+    """The model: a logit for each example of the batch."""
     fields = params["fields"][batch.fields].sum(1)
     pairs = params["pairs"][batch.pairs].sum(1)
     found = jnp.concatenate([fields, pairs, fields * pairs], axis=1)
