@@ -15,6 +15,10 @@ def psum(tree: Any, axis_name: Any) -> Any:
     `jax.shard_map` and `jax.vmap` with a named axis, and the results are the same on
     all devices of the axis.
 
+    By default (`check_vma=True`), a gradient taken inside `jax.shard_map` with respect
+    to a dense parameter that all devices share is summed by JAX already. Give this
+    function only the slices there, or turn the check off.
+
     Args:
       tree: arrays and `RowSlices`.
       axis_name: the name of an axis, or a tuple of names.
