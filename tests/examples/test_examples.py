@@ -21,6 +21,7 @@ def above_least_squares(output):
     return {name: float(percent) for name, percent in re.findall(pattern, output)}
 
 
+@pytest.mark.slow
 def test_train_linear_ends_within_one_percent_of_least_squares(tmp_path):
     picture = tmp_path / "curves.png"
     result = run("train_linear.py", "--plot", picture)

@@ -96,6 +96,7 @@ def wait_until(condition):
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_two_processes_are_as_one_and_as_one_device(whole):
     results = np.load(whole.with_suffix(".npz"))
     for case in worker.CASES:
@@ -144,9 +145,8 @@ def test_processes_that_wait_for_nothing_end_and_say_for_whom(tmp_path, addresse
     )
 
 
-@pytest.mark.parametrize(
-    ("kills", "steps"), [(1, STEPS), pytest.param(20, 500, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("kills", "steps"), [(1, STEPS), (20, 500)])
 @pytest.mark.timeout(6 * PATIENCE)
 def test_a_run_that_loses_processes_ends_as_if_it_had_not(
     tmp_path, addresses, whole, kills, steps
