@@ -35,17 +35,26 @@ async def watch():
     async for t in watch_nodes(nodes, interval=float(interval), timeout=float(timeout)):
         say([t.address, t.alive, t.status.message])
 
+def held():
+    with open("/proc/self/statm") as statm:
+        kilobytes = int(statm.read().split()[1]) * resource.getpagesize() // 1024
+    return [len(asyncio.all_tasks()), len(os.listdir("/proc/self/fd")), kilobytes]
+
 async def measure():
     while True:
         await asyncio.sleep(0.1)
-        with open("/proc/self/statm") as statm:
-            kilobytes = int(statm.read().split()[1]) * resource.getpagesize() // 1024
-        say([len(asyncio.all_tasks()), len(os.listdir("/proc/self/fd")), kilobytes])
+        say(held())
 
 async def main():
-    async with asyncio.TaskGroup() as group:
-        group.create_task(watch())
-        group.create_task(measure())
+    say(held())
+    tasks = [asyncio.create_task(watch()), asyncio.create_task(measure())]
+    await asyncio.to_thread(sys.stdin.read)  # until it is told to end
+    for task in tasks:
+        task.cancel()
+    for result in await asyncio.gather(*tasks, return_exceptions=True):
+        if not isinstance(result, asyncio.CancelledError):
+            raise RuntimeError("the watch ended") from result
+    say(held())
 
 asyncio.run(main())
 """
@@ -144,7 +153,8 @@ def main(seconds, count, there):
     name_server.start()
 
     command = [sys.executable, "-c", WATCH, str(INTERVAL), str(TIMEOUT), *nodes]
-    watch = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    pipe = subprocess.PIPE
+    watch = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
     lines = []
     reader = threading.Thread(target=lambda: lines.extend(watch.stdout))
     reader.start()
@@ -164,7 +174,7 @@ def main(seconds, count, there):
         for node in changing:
             node.toggle()
         time.sleep(rng.expovariate(len(mortals) / STEADY))
-    watch.kill()
+    watch.stdin.close()
     reader.join()
     watch.wait()
     print(json.dumps(findings(nodes, [json.loads(line) for line in lines])))
@@ -183,10 +193,8 @@ def findings(nodes, lines):
     wrong = [a for a, node in nodes.items() if seen[a][-1:] != [node.up]]
     third = len(measured) // 3
     early, late = measured[third : 2 * third], measured[-third:]
-    tasks, files, kilobytes = (
-        min(column[k] for column in late) - min(column[k] for column in early)
-        for k in range(3)
-    )
+    kilobytes = min(x[2] for x in late) - min(x[2] for x in early)
+    tasks, files, _ = (b - a for a, b in zip(measured[0], measured[-1], strict=True))
     return {
         "nodes": len(nodes),
         "changes": sum(sum(node.times.values()) for node in nodes.values()),
