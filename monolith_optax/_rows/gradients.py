@@ -177,7 +177,7 @@ def _trace(
         return jax.tree.unflatten(aux_structure, filled)
 
     keystr = jax.tree_util.keystr
-    names = [keystr(path, simple=True, separator=".") for path, _ in paths]
+    names = [keystr(p, simple=True, separator=".") or "params" for p, _ in paths]
     return _Loss(program, leaves, names, structure, with_arrays)
 
 
