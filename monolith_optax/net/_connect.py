@@ -92,19 +92,36 @@ def attempt(
 
     Returns:
       A future of the error that prevented the connection, or of None. Cancelling it
-      ends the attempt.
+      ends the attempt. A fault of ours is its exception.
     """
-    loop = asyncio.get_running_loop()
-    outcome: asyncio.Future[OSError | None] = loop.create_future()
+    outcome: asyncio.Future[OSError | None]
+    outcome = asyncio.get_running_loop().create_future()
     try:
         connection = _begin(address)
     except OSError as error:
         outcome.set_result(error)
         return outcome
+    # The addresses of this machine have: what follows would take longer than all else.
+    if _has_answered(connection):
+        with connection:
+            outcome.set_result(_error_of(connection))
+    else:
+        _await_answer(connection, timeout, outcome)
+    return outcome
+
+
+def _await_answer(
+    connection: socket.socket, timeout: float, outcome: asyncio.Future[OSError | None]
+) -> None:
+    loop, descriptor = outcome.get_loop(), connection.fileno()
 
     def settle() -> None:
-        if not outcome.done():
+        if outcome.done():
+            return
+        try:
             outcome.set_result(_error_of(connection))
+        except Exception as fault:  # of ours: the loop would only log it, for ever
+            outcome.set_exception(fault)
 
     def expire() -> None:
         # Where something held up the event loop, an answer may be there already.
@@ -120,10 +137,8 @@ def attempt(
         connection.close()
 
     timer = loop.call_later(timeout, expire) if timeout < math.inf else None
-    descriptor = connection.fileno()
     loop.add_writer(descriptor, settle)
     outcome.add_done_callback(close)
-    return outcome
 
 
 def _begin(address: SocketAddress) -> socket.socket:
