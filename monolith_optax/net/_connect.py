@@ -92,16 +92,16 @@ def attempt(
 
     Returns:
       A future of the error that prevented the connection, or of None. Cancelling it
-      ends the attempt. A fault of ours is its exception.
+      ends the attempt. Its exception, if any, is a fault of the checker.
     """
-    outcome: asyncio.Future[OSError | None]
-    outcome = asyncio.get_running_loop().create_future()
+    loop = asyncio.get_running_loop()
+    outcome: asyncio.Future[OSError | None] = loop.create_future()
     try:
         connection = _begin(address)
     except OSError as error:
         outcome.set_result(error)
         return outcome
-    # The addresses of this machine have: what follows would take longer than all else.
+    # Those of this machine have by now. The event loop would cost more than the rest.
     if _has_answered(connection):
         with connection:
             outcome.set_result(_error_of(connection))
@@ -113,6 +113,7 @@ def attempt(
 def _await_answer(
     connection: socket.socket, timeout: float, outcome: asyncio.Future[OSError | None]
 ) -> None:
+    """Has the event loop settle the outcome, by an answer or after the timeout."""
     loop, descriptor = outcome.get_loop(), connection.fileno()
 
     def settle() -> None:
@@ -120,7 +121,7 @@ def _await_answer(
             return
         try:
             outcome.set_result(_error_of(connection))
-        except Exception as fault:  # of ours: the loop would only log it, for ever
+        except Exception as fault:  # the loop would only log it, again and again
             outcome.set_exception(fault)
 
     def expire() -> None:

@@ -122,7 +122,7 @@ class _Round:
                     await self.start(target, tasks)
                     if number % BURST == 0:
                         await asyncio.sleep(0)
-                await asyncio.gather(*self.attempts)  # raises our own faults
+                await asyncio.gather(*self.attempts)  # raises faults of our own
         finally:
             await cancel(self.attempts)
         return self.statuses
