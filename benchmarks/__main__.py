@@ -2,14 +2,25 @@
 
 import argparse
 import importlib
+import json
 import multiprocessing
 import os
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+from benchmarks import pictures
+from benchmarks.baseline import slower
 from benchmarks.measure import machine, write
 
-NAMES = ["dense", "many_leaves", "rows", "net", "compile"]
+NAMES = (
+    "rows",
+    "breakdown",
+    "scaling",
+    "first_call",
+    "dense",
+    "many_leaves",
+    "net",
+)
 
 
 def main() -> None:
@@ -26,11 +37,19 @@ def main() -> None:
         metavar="DIR",
         type=Path,
         default=Path("build/benchmarks"),
-        help="where benchmarks.json and benchmarks.png go (default: %(default)s)",
+        help="where benchmarks.json and the pictures go (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--baseline",
+        metavar="OLD.json",
+        type=Path,
+        help="print what got slower than there by more than the noise of both",
     )
     args = parser.parse_args()
     if unknown := set(args.names) - set(NAMES):
         parser.error(f"expected names out of {NAMES}, got {sorted(unknown)}")
+    # Before anything is measured, in case the file is missing or is overwritten.
+    baseline = json.loads(args.baseline.read_text()) if args.baseline else None
     # PyTorch's threads spin while they wait. Without enough idle cores they would slow
     # down every side, and their own most of all.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -47,8 +66,12 @@ def main() -> None:
             for case in pool.submit(module.main, quick=args.quick).result():
                 print(case.table(), flush=True)
                 cases.append(case)
-    write(cases, facts, args.output)
-    print(f"\nWrote benchmarks.json to {args.output}")
+    path = args.output / "benchmarks.json"
+    write(cases, facts, path)
+    pictures.draw(path)
+    print(f"\nWrote the results to {args.output}")
+    if baseline:
+        print("", *slower(baseline, json.loads(path.read_text())), sep="\n")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""Times the sides in turns, and writes the times as a table, JSON and a picture."""
+"""Times the sides of a comparison in turns, and writes the results as JSON."""
 
 import json
 import os
 import platform
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
+
+from benchmarks import ROOT
 
 # Prepares a run. Only the run is timed; it returns when its results are ready.
 Side = Callable[[], Callable[[], object]]
@@ -26,6 +29,7 @@ class Case:
       benchmark: the module that made it.
       name: what was compared.
       times: seconds of each run of each side.
+      sizes: the numbers that pictures and tables need, by name.
       bytes_moved: bytes that a side's rule must read and write in a run.
       bandwidth: bytes per second that a plain copy reads and writes on this machine.
       more: further columns, by name and then by side.
@@ -34,44 +38,77 @@ class Case:
     benchmark: str
     name: str
     times: Times
+    sizes: Mapping[str, int] = field(default_factory=dict)
     bytes_moved: Mapping[str, int] = field(default_factory=dict)
     bandwidth: float = 0.0
     more: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
-    def rows(self) -> list[dict[str, Any]]:
-        """A row for each side: milliseconds, ratios and shares."""
+    def sides(self) -> dict[str, dict[str, Any]]:
+        """The figures of each side; those that are None are left out."""
         ours = statistics.median(next(iter(self.times.values())))
-        rows = []
+        sides = {}
         for side, seconds in self.times.items():
             median = statistics.median(seconds)
-            row = {
-                "side": side,
+            figures: dict[str, Any] = {
                 "median ms": 1e3 * median,
-                "min ms": 1e3 * min(seconds),
-                "max ms": 1e3 * max(seconds),
+                "quartiles ms": [1e3 * quartile for quartile in quartiles(seconds)],
+                "runs": len(seconds),
                 "x ours": median / ours,
             }
             if side in self.bytes_moved:
                 moved = self.bytes_moved[side]
-                row["MB to move"] = moved / 1e6
-                row["of copy bandwidth"] = moved / median / self.bandwidth
-            row |= {column: by_side.get(side) for column, by_side in self.more.items()}
-            rows.append(row)
-        return rows
+                figures["MB to move"] = moved / 1e6
+                figures["of copy bandwidth"] = moved / median / self.bandwidth
+            figures |= {
+                column: by_side.get(side) for column, by_side in self.more.items()
+            }
+            sides[side] = {k: v for k, v in figures.items() if v is not None}
+        return sides
+
+    def as_json(self) -> dict[str, Any]:
+        """What the pictures, the tables and `--baseline` read."""
+        return {
+            "benchmark": self.benchmark,
+            "case": self.name,
+            "sizes": dict(self.sizes),
+            "sides": self.sides(),
+        }
 
     def table(self) -> str:
-        """The rows in Markdown."""
-        rows = self.rows()
-        columns = list(dict.fromkeys(column for row in rows for column in row))
-        lines = [columns, ["---", *["---:"] * (len(columns) - 1)]]
-        lines += [[_text(row.get(column)) for column in columns] for row in rows]
-        table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-        return f"\n{self.benchmark}: {self.name}\n\n{table}"
+        """All figures in Markdown."""
+        sides = self.sides()
+        columns = list(
+            dict.fromkeys(key for figures in sides.values() for key in figures)
+        )
+        cells = [
+            [side, *(text(figures.get(column)) for column in columns)]
+            for side, figures in sides.items()
+        ]
+        return (
+            f"\n{self.benchmark}: {self.name}\n\n{markdown(['side', *columns], cells)}"
+        )
 
 
-def _text(value: Any) -> str:
+def quartiles(seconds: list[float]) -> tuple[float, float]:
+    """The lower and the upper quartile."""
+    if len(seconds) == 1:
+        return seconds[0], seconds[0]
+    lower, _, upper = statistics.quantiles(seconds, n=4, method="inclusive")
+    return lower, upper
+
+
+def markdown(columns: list[str], cells: list[list[str]]) -> str:
+    """A table whose first column is text."""
+    lines = [columns, ["---", *["---:"] * (len(columns) - 1)], *cells]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def text(value: Any) -> str:
+    """A figure with three digits, or more before the decimal point."""
+    if isinstance(value, list):
+        return " to ".join(map(text, value))
     if isinstance(value, float):
-        return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+        return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
     return "" if value is None else str(value)
 
 
@@ -98,7 +135,7 @@ def interleave(
 
 
 def machine() -> dict[str, str]:
-    """The hardware and the packages that the figures were measured with."""
+    """The hardware, the commit and the packages that the figures were measured with."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     models = [line.split(": ")[1] for line in lines if line.startswith("model name")]
@@ -106,54 +143,40 @@ def machine() -> dict[str, str]:
         "processor": models[0] if models else platform.processor(),
         "cores": str(os.cpu_count()),
         "device": jax.devices()[0].device_kind,
+        "commit": commit(),
+        "Python": platform.python_version(),
     }
-    packages = "jax", "optax", "torch", "fbgemm_gpu-cpu", "tensorflow_cpu"
-    for package in packages:
+    packages = {
+        "JAX": "jax",
+        "jaxlib": "jaxlib",
+        "optax": "optax",
+        "NumPy": "numpy",
+        "PyTorch": "torch",
+        "FBGEMM": "fbgemm_gpu-cpu",
+        "TensorFlow": "tensorflow",
+    }
+    for name, package in packages.items():
         try:
-            facts[package] = metadata.version(package)
+            facts[name] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
     return facts
 
 
-def write(cases: list[Case], facts: dict[str, str], folder: Path) -> None:
-    """Writes all figures as JSON, and a picture if Matplotlib is installed."""
-    folder.mkdir(parents=True, exist_ok=True)
-    results = [
-        {"benchmark": case.benchmark, "case": case.name, "sides": case.rows()}
-        for case in cases
-    ]
-    text = json.dumps({"machine": facts, "results": results}, indent=1)
-    (folder / "benchmarks.json").write_text(text + "\n")
+def commit() -> str:
+    """The commit of this clone, with '-dirty' where files differ from it."""
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*", "--abbrev=10"]
     try:
-        draw(cases, facts, folder / "benchmarks.png")
-    except ImportError as error:
-        print(f"\nNo picture: {error}")
+        result = subprocess.run(
+            command, cwd=ROOT, check=True, capture_output=True, text=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return result.stdout.strip()
 
 
-def draw(cases: list[Case], facts: dict[str, str], path: Path) -> None:
-    """A panel for each case: how long each side takes, as a ratio to ours."""
-    import matplotlib.pyplot as plt
-
-    columns = 2
-    panels = -(-len(cases) // columns)
-    figure, grid = plt.subplots(
-        panels, columns, figsize=(13, 2.6 * panels), squeeze=False, layout="constrained"
-    )
-    for axes in grid.flat[len(cases) :]:
-        axes.remove()
-    for axes, case in zip(grid.flat, cases, strict=False):
-        rows = case.rows()[::-1]
-        ratios = [row["x ours"] for row in rows]
-        colors = ["tab:gray"] * (len(rows) - 1) + ["tab:blue"]
-        bars = axes.barh([row["side"] for row in rows], ratios, color=colors)
-        labels = [f" {_text(row['median ms'])} ms" for row in rows]
-        axes.bar_label(bars, labels)
-        axes.margins(x=0.2)
-        axes.set_title(f"{case.benchmark}: {case.name}", fontsize=10)
-        axes.axvline(1, color="tab:blue", linewidth=0.8)
-    figure.suptitle(
-        f"Time relative to ours (blue). {facts['processor']}, {facts['cores']} cores"
-    )
-    figure.savefig(path, dpi=90)
-    plt.close(figure)
+def write(cases: list[Case], facts: dict[str, str], path: Path) -> None:
+    """Writes all figures as JSON."""
+    results = {"machine": facts, "cases": [case.as_json() for case in cases]}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(results, indent=1) + "\n")

@@ -134,7 +134,7 @@ def peers(params: Any, gradients: Any) -> dict[str, Side]:
     return sides
 
 
-def copy_bandwidth(quick: bool) -> Step:
-    """A step that reads and writes each number once: as fast as the memory allows."""
+def copy(num_bytes: int) -> Step:
+    """A step that reads and writes each number once, and so moves that many bytes."""
     flip = optax.stateless(lambda _, params: -2 * params)
-    return Step(flip, jnp.ones(100_000 if quick else 25_000_000), None)
+    return Step(flip, jnp.ones(max(num_bytes // 8, 1)), None)

@@ -1,0 +1,54 @@
+"""What pictures and tables read from benchmarks.json."""
+
+from typing import Any, NamedTuple
+
+
+class Ratio(NamedTuple):
+    """Our median and that of a peer with the same optimizer."""
+
+    what: str
+    ours: str
+    ours_ms: float
+    peer: str
+    peer_ms: float
+
+    @property
+    def ratio(self) -> float:
+        """Below 1, ours is faster."""
+        return self.ours_ms / self.peer_ms
+
+
+def cases(results: Any, benchmark: str, **sizes: int) -> list[Any]:
+    """The cases of a benchmark that have these sizes."""
+    return [
+        case
+        for case in results["cases"]
+        if case["benchmark"] == benchmark and sizes.items() <= case["sizes"].items()
+    ]
+
+
+def ratios(results: Any) -> list[Ratio]:
+    """All pairs of one table in the middle of its sizes, and all pairs of many tables.
+
+    A case of 'rows' has one optimizer, so its sides are like for like; dense sides are
+    no peers.
+    """
+    of_one = sorted(
+        {case["sizes"]["rows"] for case in cases(results, "rows", tables=1)}
+    )
+    if not of_one:
+        return []
+    middle = of_one[(len(of_one) - 1) // 2]
+    pairs = []
+    for case in cases(results, "rows"):
+        sizes = case["sizes"]
+        if sizes["tables"] == 1 and sizes["rows"] != middle:
+            continue
+        ours, *others = case["sides"].items()
+        what = "1 table" if sizes["tables"] == 1 else f"{sizes['tables']} tables"
+        pairs += [
+            Ratio(what, ours[0], ours[1]["median ms"], peer, figures["median ms"])
+            for peer, figures in others
+            if not peer.endswith("dense")
+        ]
+    return sorted(pairs, key=lambda pair: pair.peer)
