@@ -9,16 +9,16 @@ from collections.abc import Iterator
 from typing import Any
 
 LEAST_RUNS = 3
-# A different one of these may be the reason that something is slower.
-HARDWARE = "processor", "cores", "device"
+# If one of these differs, it may be the reason that something is slower.
+CONDITIONS = "processor", "cores", "device", "quick"
 
 
 def slower(old: Any, new: Any) -> Iterator[str]:
     """Lines about what is slower in one file of results than in an older one."""
-    for fact in HARDWARE:
+    for fact in CONDITIONS:
         before, now = old["machine"].get(fact), new["machine"].get(fact)
         if before != now:
-            yield f"Another machine: its {fact} was {before!r} and is {now!r}."
+            yield f"Do not trust this: {fact!r} was {before!r} and is {now!r}."
     earlier, count, unjudged = _sides(old), 0, 0
     for key, now in _sides(new).items():
         before = earlier.get(key)

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 
 from benchmarks import ROOT
+from benchmarks.results import markdown, text
 
 # Prepares a run. Only the run is timed; it returns when its results are ready.
 Side = Callable[[], Callable[[], object]]
@@ -53,7 +54,7 @@ class Case:
                 "median ms": 1e3 * median,
                 "quartiles ms": [1e3 * quartile for quartile in quartiles(seconds)],
                 "runs": len(seconds),
-                "x ours": median / ours,
+                "x first": median / ours,
             }
             if side in self.bytes_moved:
                 moved = self.bytes_moved[side]
@@ -95,21 +96,6 @@ def quartiles(seconds: list[float]) -> tuple[float, float]:
         return seconds[0], seconds[0]
     lower, _, upper = statistics.quantiles(seconds, n=4, method="inclusive")
     return lower, upper
-
-
-def markdown(columns: list[str], cells: list[list[str]]) -> str:
-    """A table whose first column is text."""
-    lines = [columns, ["---", *["---:"] * (len(columns) - 1)], *cells]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def text(value: Any) -> str:
-    """A figure with three digits, or more before the decimal point."""
-    if isinstance(value, list):
-        return " to ".join(map(text, value))
-    if isinstance(value, float):
-        return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
-    return "" if value is None else str(value)
 
 
 def interleave(
@@ -163,12 +149,12 @@ def machine() -> dict[str, str]:
     return facts
 
 
-def commit() -> str:
-    """The commit of this clone, with '-dirty' where files differ from it."""
+def commit(folder: Path = ROOT) -> str:
+    """The commit of a clone, with '-dirty' where files differ from it."""
     command = ["git", "describe", "--always", "--dirty", "--exclude=*", "--abbrev=10"]
     try:
         result = subprocess.run(
-            command, cwd=ROOT, check=True, capture_output=True, text=True
+            command, cwd=folder, check=True, capture_output=True, text=True
         )
     except (OSError, subprocess.CalledProcessError):
         return "unknown"

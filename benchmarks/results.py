@@ -1,4 +1,4 @@
-"""What pictures and tables read from benchmarks.json."""
+"""What pictures and tables read from benchmarks.json, and how they write figures."""
 
 from typing import Any, NamedTuple
 
@@ -52,3 +52,18 @@ def ratios(results: Any) -> list[Ratio]:
             if not peer.endswith("dense")
         ]
     return sorted(pairs, key=lambda pair: pair.peer)
+
+
+def markdown(columns: list[str], cells: list[list[str]]) -> str:
+    """A table whose first column is text."""
+    lines = [columns, ["---", *["---:"] * (len(columns) - 1)], *cells]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def text(value: Any) -> str:
+    """A figure with three digits, or more before the decimal point."""
+    if isinstance(value, list):
+        return " to ".join(map(text, value))
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+    return "" if value is None else str(value)

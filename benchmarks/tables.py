@@ -1,0 +1,157 @@
+"""Writes the figures of docs/benchmarks.json into README.md and docs/speed.md.
+
+`python -m benchmarks.tables` fills what stands between `<!-- benchmarks: NAME -->` and
+`<!-- end -->`; with `--check` it changes nothing and fails if a file is not up to date.
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from benchmarks import ROOT
+from benchmarks.results import cases, markdown, ratios, text
+
+RESULTS = ROOT / "docs" / "benchmarks.json"
+FILES = [ROOT / "README.md", ROOT / "docs" / "speed.md"]
+MARKED = re.compile(r"(<!-- benchmarks: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def main() -> None:
+    """Fills the files, or checks them."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.tables")
+    parser.add_argument("--check", action="store_true", help="change nothing")
+    check = parser.parse_args().check
+    results = json.loads(RESULTS.read_text())
+    for path in FILES:
+        before = path.read_text()
+        after = filled(before, results)
+        if check and after != before:
+            sys.exit(
+                f"{path.name} does not have the figures of {RESULTS.name}: run "
+                "python -m benchmarks.tables."
+            )
+        path.write_text(after)
+
+
+def filled(page: str, results: Any) -> str:
+    """A page with all of its tables made anew."""
+
+    def fill(match: re.Match[str]) -> str:
+        start, name, end = match.groups()
+        return f"{start}\n{TABLES[name](results)}\n\n{end}"
+
+    return MARKED.sub(fill, page)
+
+
+def machine(results: Any) -> str:
+    """The machine and the versions, in a sentence."""
+    facts = dict(results["machine"])
+    processor, cores = facts.pop("processor"), facts.pop("cores")
+    device, commit = facts.pop("device"), facts.pop("commit")
+    quick = facts.pop("quick", "")
+    versions = ", ".join(f"{name} {version}" for name, version in facts.items())
+    return (
+        f"Measured on {cores} cores of an {processor} (JAX's device: {device}), "
+        f"commit {commit}: {versions}."
+        + (f" **Only a quick run: {quick}.**" if quick else "")
+    )
+
+
+def same_optimizer(results: Any) -> str:
+    """Our time and that of each peer with the same optimizer."""
+    return markdown(
+        ["peer", "", "ours", "ms", "peer's ms", "ratio"],
+        [
+            [
+                pair.peer,
+                pair.what,
+                pair.ours,
+                text(pair.ours_ms),
+                text(pair.peer_ms),
+                f"{pair.ratio:.2f}",
+            ]
+            for pair in ratios(results)
+        ],
+    )
+
+
+def growing(results: Any) -> str:
+    """A step on one table by its rows."""
+    return pivot(
+        (f"{case['sizes']['rows']:,} rows", case)
+        for case in cases(results, "rows", tables=1)
+    )
+
+
+def tables(results: Any) -> str:
+    """A step on many tables."""
+    many = [c for c in cases(results, "rows") if c["sizes"]["tables"] > 1]
+    return pivot(("ms", case) for case in many)
+
+
+def dense(results: Any) -> str:
+    """Dense steps, also on many leaves."""
+    some = cases(results, "dense") + cases(results, "many_leaves")
+    return pivot((case["case"], case) for case in some)
+
+
+def bandwidth(results: Any) -> str:
+    """How much of a copy's bandwidth dense steps reach."""
+    some = cases(results, "dense")
+    return pivot(((case["case"], case) for case in some), "of copy bandwidth")
+
+
+def breakdown(results: Any) -> str:
+    """Where the time of a row-sparse step goes."""
+    return pivot((case["case"], case) for case in cases(results, "breakdown"))
+
+
+def first_call(results: Any) -> str:
+    """Seconds of the first call, on the clock."""
+    some = cases(results, "first_call")
+    return pivot(((case["case"], case) for case in some), scale=1e-3)
+
+
+def net(results: Any) -> str:
+    """The node checker and ten threads."""
+    some = [case for case in cases(results, "net") if len(case["sides"]) > 1]
+    return pivot((case["case"], case) for case in some)
+
+
+def pivot(
+    columns: Iterable[tuple[str, Any]], figure: str = "median ms", scale: float = 1.0
+) -> str:
+    """A line for each side, a column for each title; cases may share a title."""
+    cells: dict[tuple[str, str], str] = {}
+    for title, case in columns:
+        for side, figures in case["sides"].items():
+            if figure in figures:
+                cells[side, title] = text(scale * figures[figure])
+    sides = dict.fromkeys(side for side, _ in cells)
+    titles = dict.fromkeys(title for _, title in cells)
+    return markdown(
+        ["", *titles],
+        [[side, *(cells.get((side, title), "") for title in titles)] for side in sides],
+    )
+
+
+TABLES: dict[str, Callable[[Any], str]] = {
+    make.__name__: make
+    for make in (
+        machine,
+        same_optimizer,
+        growing,
+        tables,
+        dense,
+        bandwidth,
+        breakdown,
+        first_call,
+        net,
+    )
+}
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""What the benchmarks say about their figures, on made-up ones; nothing is timed."""
+
+import copy
+import json
+import subprocess
+
+import pytest
+
+pytest.importorskip("benchmarks", reason="a source distribution has no benchmarks")
+
+from benchmarks import ROOT, tables
+from benchmarks.baseline import slower
+from benchmarks.measure import Case, commit
+from benchmarks.results import ratios
+
+
+def results(case):
+    facts = {"processor": "X", "cores": "2", "device": "cpu"}
+    return {"machine": facts, "cases": [case.as_json()]}
+
+
+def case(**milliseconds):
+    seconds = {side: [ms / 1e3 for ms in times] for side, times in milliseconds.items()}
+    return Case("rows", "adagrad", seconds, sizes={"tables": 1, "rows": 10})
+
+
+@pytest.mark.parametrize("path", tables.FILES, ids=lambda path: path.name)
+def test_pages_have_the_figures_of_the_published_run(path):
+    page = path.read_text()
+    figures = json.loads(tables.RESULTS.read_text())
+    assert page == tables.filled(page, figures), "run python -m benchmarks.tables"
+
+
+def test_every_table_is_on_a_page_and_every_picture_exists():
+    pages = [path.read_text() for path in tables.FILES]
+    marked = {name for page in pages for _, name, _ in tables.MARKED.findall(page)}
+    assert marked == set(tables.TABLES)
+    assert not any(
+        page.count("benchmarks: ") != page.count("<!-- end") for page in pages
+    )
+    for name in "step_time", "ratios", "scaling":
+        assert f"({name}.png)" in pages[1]
+        assert (ROOT / "docs" / f"{name}.png").exists()
+
+
+def test_a_changed_figure_or_an_edited_table_is_noticed():
+    figures = json.loads(tables.RESULTS.read_text())
+    page = tables.filled(tables.FILES[0].read_text(), figures)
+    for one in figures["cases"]:
+        for side in one["sides"].values():
+            side["median ms"] *= 3
+    changed = tables.filled(page, figures)
+    assert changed != page
+    edited = page.replace("| check_nodes |", "| check_nodes | 1")
+    assert edited != page
+    assert tables.filled(edited, figures) == changed
+
+
+def test_figures_of_a_case():
+    times = {"ours": [0.001, 0.002, 0.003, 0.004, 0.005], "peer": [0.006]}
+    made = Case("rows", "name", times, bytes_moved={"peer": 3_000_000}, bandwidth=1e9)
+    ours, peer = made.sides().values()
+    assert ours["median ms"] == pytest.approx(3)
+    assert ours["quartiles ms"] == pytest.approx([2, 4])
+    assert ours["runs"] == 5
+    assert peer["quartiles ms"] == pytest.approx([6, 6])
+    assert peer["of copy bandwidth"] == pytest.approx(0.5)
+
+
+def test_ratios_leave_dense_steps_out():
+    made = case(ours=[1, 2, 3], FBGEMM=[4], **{"optax.adagrad, dense": [50]})
+    [pair] = ratios(results(made))
+    assert (pair.ours, pair.peer, pair.what) == ("ours", "FBGEMM", "1 table")
+    assert pair.ratio == pytest.approx(0.5)
+
+
+def test_slower_only_if_the_middle_halves_of_the_runs_do_not_overlap():
+    old = results(case(a=[1, 2, 3, 4, 5], b=[1, 2, 3, 4, 5], once=[1]))
+    new = results(
+        case(a=[5, 6, 7, 8, 9], b=[3, 4, 5, 6, 7], once=[9], added=[1, 2, 3, 4])
+    )
+    line, count, unjudged = slower(old, new)
+    assert (
+        line == "rows: adagrad: a: 3 ms (2 to 4) before, 7 ms (6 to 8) now, 2.33 times"
+    )
+    assert count == "1 of 2 got slower by more than the noise."
+    assert unjudged.startswith("2 more are new, or ran fewer than 3 times")
+    assert next(slower(new, old)).startswith("0 of 2")  # what got faster is not said
+
+
+def test_another_machine_is_named():
+    old = results(case(a=[1, 2, 3]))
+    new = copy.deepcopy(old)
+    new["machine"]["cores"] = "4"
+    assert next(slower(old, new)) == "Do not trust this: 'cores' was '2' and is '4'."
+
+
+def test_commit_says_whether_files_differ_from_it(tmp_path):
+    def git(*arguments):
+        identity = "-c", "user.name=x", "-c", "user.email=x"
+        command = ["git", *identity, *arguments]
+        done = subprocess.run(
+            command, cwd=tmp_path, check=True, capture_output=True, text=True
+        )
+        return done.stdout.strip()
+
+    assert commit(tmp_path) == "unknown"
+    git("init")
+    (tmp_path / "file").write_text("a")
+    git("add", "file")
+    git("commit", "-m", "a")
+    git("tag", "v1")
+    assert commit(tmp_path) == git("rev-parse", "--short=10", "HEAD")
+    (tmp_path / "file").write_text("b")
+    assert commit(tmp_path) == git("rev-parse", "--short=10", "HEAD") + "-dirty"
