@@ -22,10 +22,10 @@ from benchmarks.workload import Workload, batches
 from monolith_optax import lazy_rows
 
 STEPS = 20  # in a trace
-# The first that fits the name of an operation says what it is.
+# The first that is found in the names that XLA and JAX give to an operation.
 PARTS = {
     "search for duplicates": r"one_position",
-    "sum of duplicates": r"_step\)/scatter-add",
+    "sum of duplicates": r"_step\)/scatter-add|wrapped_broadcast",  # into zeros
     "gather of slots": r"_step\)/gather",
     "scatter of slots": r"_step\)/scatter$",
     "add to the tables": r"scatter-add",
@@ -76,6 +76,8 @@ def traces(step: Step, prepare: Side, rounds: int) -> Times:
         for operation, duration in profile(prepare):
             if operation in part_of:  # not those inside of a loop
                 seconds[part_of[operation]] += duration / STEPS
+        if not any(seconds.values()):
+            raise RuntimeError("The profiler saw no operation of the compiled step.")
         for part in PARTS:
             times[part].append(seconds[part])
     return times
@@ -87,7 +89,11 @@ def parts_of(step: Step) -> dict[str, str]:
     program = str(compiled.as_text())
     entry = program[program.index("\nENTRY") :]
     return {
-        operation: next(part for part, of in PARTS.items() if re.search(of, name))
+        operation: next(
+            part
+            for part, names in PARTS.items()
+            if re.search(names, f"{operation} {name}")
+        )
         for operation, name in re.findall(
             r'^ *%(\S+) = .*?metadata={op_name="([^"]*)"', entry, re.MULTILINE
         )

@@ -12,15 +12,14 @@ from benchmarks.steps import OPTIMIZERS, Step, copy, peers
 
 def main(*, quick: bool) -> list[Case]:
     """One leaf of 25 million numbers, and a tree like a transformer's of 75 million."""
-    trees = {"one leaf": one_leaf, "196 leaves": transformer}
-    return [
-        compare(name, tree(quick, dtype), quick)
-        for name, tree in trees.items()
-        for dtype in (jnp.float32, jnp.bfloat16)
+    size, width, blocks = (100_000, 16, 2) if quick else (25_000_000, 640, 12)
+    dtypes = jnp.float32, jnp.bfloat16
+    return [compare(jnp.ones(size, dtype), quick) for dtype in dtypes] + [
+        compare(transformer(width, blocks, dtype), quick) for dtype in dtypes
     ]
 
 
-def compare(name: str, params: Any, quick: bool) -> Case:
+def compare(params: Any, quick: bool) -> Case:
     """Times all sides on one tree of parameters."""
     gradients = jax.tree.map(lambda p: jnp.full_like(p, 0.1), params)
     steps = {
@@ -38,6 +37,7 @@ def compare(name: str, params: Any, quick: bool) -> Case:
     sides |= others | {"copy": copying.side()}
     times = interleave(sides, rounds=2 if quick else 12, runs=2)
     millions = sum(leaf.size for leaf in leaves) / 1e6
+    name = "one leaf" if len(leaves) == 1 else f"{len(leaves)} leaves"
     return Case(
         "dense",
         f"{millions:.3g} million in {name}, {leaves[0].dtype}",
@@ -47,14 +47,8 @@ def compare(name: str, params: Any, quick: bool) -> Case:
     )
 
 
-def one_leaf(quick: bool, dtype: Any) -> Any:
-    """A single array."""
-    return jnp.ones(100_000 if quick else 25_000_000, dtype)
-
-
-def transformer(quick: bool, dtype: Any) -> Any:
-    """The parameters of twelve blocks and their embedding: 196 arrays."""
-    width = 16 if quick else 640
+def transformer(width: int, blocks: int, dtype: Any) -> Any:
+    """The parameters of some blocks and their embedding: 196 arrays for twelve."""
 
     def dense(rows: int, columns: int) -> dict[str, jax.Array]:
         return {"kernel": jnp.ones((rows, columns), dtype), "bias": norm(columns)}
@@ -72,6 +66,6 @@ def transformer(quick: bool, dtype: Any) -> Any:
     return {
         "embedding": jnp.ones((width * 40, width), dtype),
         "position": jnp.ones((width, width), dtype),
-        "blocks": [block() for _ in range(12)],
+        "blocks": [block() for _ in range(blocks)],
         "norm": {"scale": norm(width), "bias": norm(width)},
     }

@@ -38,9 +38,10 @@ def main(*, quick: bool) -> list[Case]:
     for kind, more in ("of one size", 0), ("of different sizes", 100):
         tables = [jnp.ones((10_000 + more * i, 16)) for i in range(count)]
         cases.append(compare(f"{count} tables {kind}", lazy, tables, slices, rounds))
-    params = transformer(True, jnp.float32)
+    params = transformer(16, 2 if quick else 12, jnp.float32)
     leaves = {title: make() for title, make in OPTIMIZERS.items()}
-    return [*cases, compare("196 leaves", leaves, params, params, min(rounds, 3))]
+    name = f"{len(jax.tree.leaves(params))} leaves"
+    return [*cases, compare(name, leaves, params, params, min(rounds, 3))]
 
 
 def compare(

@@ -71,7 +71,7 @@ def main(*, quick: bool) -> list[Case]:
     """One table, of growing size for two optimizers, and 26 tables."""
     growing = GROWING[:2] if quick else GROWING
     middle = 10_000 if quick else 1_000_000
-    many = Workload(26, 1_000, 16, 64) if quick else Workload(26, 100_000, 16, 2048)
+    many = Workload(3, 1_000, 16, 64) if quick else Workload(26, 100_000, 16, 2048)
     return [
         compare(name, work, quick)
         for name in OPTIMIZERS
