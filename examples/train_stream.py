@@ -152,28 +152,28 @@ def loss_fn(params: Any, rows: Any, stars: Any) -> jax.Array:
     return jnp.mean((predicted - stars) ** 2 + penalty)
 
 
-def new_rows(seed: int, step: Any, count: int, dim: int) -> dict[str, jax.Array]:
+def new_rows(seed: int, step: int, count: int, dim: int) -> Rows:
     """Small random vectors and biases of zero; they depend on nothing but the step."""
-    key = jax.random.fold_in(jax.random.key(seed), step)
-    keys = dict(zip(FEATURES, jax.random.split(key), strict=True))
-    vectors = {name: jax.random.normal(keys[name], (count, dim)) for name in FEATURES}
-    return {name: jnp.pad(0.1 * x, ((0, 0), (0, 1))) for name, x in vectors.items()}
+    rng = np.random.default_rng((seed, step))
+    vectors = {n: rng.normal(0, 0.1, (count, dim + 1)) for n in FEATURES}
+    for each in vectors.values():
+        each[:, -1] = 0
+    return {name: each.astype(np.float32) for name, each in vectors.items()}
 
 
-def make_step(tx: optax.GradientTransformation, args: argparse.Namespace) -> Step:
+def make_step(tx: optax.GradientTransformation) -> Step:
     """A jitted training step: params, state, the error before it, and the loss."""
     tables = {**dict.fromkeys(FEATURES, True), "mean": False}
     value_and_grad = monolith_optax.value_and_row_grad(loss_fn, tables)
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step(
-        params: Any, state: Any, known: Any, rows: Any, fresh: Any, stars: Any, n: Any
+        params: Any, state: Any, known: Any, rows: Any, fresh: Any, new: Any, stars: Any
     ) -> Any:
         predicted = jnp.clip(predict(params, known)[0], 0.5, 5.0)
         error = jnp.mean((predicted - stars) ** 2)
-        init = {**new_rows(args.seed, n, len(stars), args.dim), "mean": None}
-        fresh = {**fresh, "mean": None}
-        params, state = monolith_optax.reset_rows(tx, params, state, fresh, init)
+        fresh, new = ({**tree, "mean": None} for tree in (fresh, new))
+        params, state = monolith_optax.reset_rows(tx, params, state, fresh, new)
         loss, gradients = value_and_grad(params, rows, stars)
         updates, state = tx.update(gradients, state, params)
         return optax.apply_updates(params, updates), state, error, loss
@@ -194,7 +194,9 @@ def first_run(
     else:
         maps = {name: FixedVocabulary(rows) for name, rows in limits.items()}
         start = new_rows(args.seed, 0, way.rows, args.dim)
-        params = {name: start[name][:rows] for name, rows in limits.items()}
+        params = {
+            name: jnp.asarray(start[name][:rows]) for name, rows in limits.items()
+        }
     params["mean"] = jnp.asarray(3.0)
     return Run(params, tx.init(params), maps, [], [])
 
@@ -312,8 +314,9 @@ def train_on(
         known[name] = ids.lookup(raw)  # as the model would be served now
         rows[name], fresh[name] = ids.assign(raw, time=now)
     run = enlarged(tx, run, rows)
+    new = new_rows(args.seed, number, args.batch_size, args.dim)
     params, state, error, loss = step(
-        run.params, run.state, known, rows, fresh, data.stars[batch], np.int32(number)
+        run.params, run.state, known, rows, fresh, new, data.stars[batch]
     )
     run.errors.append(error)
     sizes = [len(table) for table in (*run.maps.values(), *map(params.get, FEATURES))]
@@ -448,7 +451,7 @@ def main() -> None:
     make, default_rate = OPTIMIZERS[args.optimizer]
     rate = default_rate if args.learning_rate is None else args.learning_rate
     tx = monolith_optax.lazy_rows(make(rate))
-    step = make_step(tx, args)  # shared, so that it compiles once for each size
+    step = make_step(tx)  # shared, so that it compiles once for each size
     runs = {way.name: train(way, data, tx, step, args) for way in ways}
     baseline = mean_so_far(data, args)
     print("", *summary(runs, baseline), sep="\n")

@@ -57,7 +57,7 @@ def trained(example):
         patch.setattr(sys, "argv", ["train_stream", "--batch-size", "8", "--dim", "2"])
         args = example.parse_args()
         args.expire_after, args.checkpoint_every = 6, 4
-        step = example.make_step(tx, args)
+        step = example.make_step(tx)
 
         def train(steps, *, checkpoint=None, first_rows=16, admit_after=2):
             patch.setattr(example, "FIRST_ROWS", first_rows)
