@@ -45,7 +45,7 @@ from monolith_optax import IdMap
 OPTIMIZERS: dict[str, tuple[Callable[..., optax.GradientTransformation], float]] = {
     "adagrad": (monolith_optax.embedding.adagrad, 0.4),
     "rowwise_adagrad": (monolith_optax.embedding.rowwise_adagrad, 0.1),
-    "adamom": (functools.partial(monolith_optax.adamom, mom_decay=0.9), 0.1),
+    "adamom": (functools.partial(monolith_optax.adamom, mom_decay=0.9), 0.05),
     "adam": (optax.adam, 0.01),
 }
 FEATURES = ("user", "movie")
