@@ -5,9 +5,8 @@
 The ratings of MovieLens (100,004 in 21 years) come in the order of time, once each.
 Users and movies are known by hashes of 64 bits only. An id gets a row of its table when
 it is seen for the second time and loses it when it was not seen for 1,000 days, and the
-tables double when they are full. So it goes on for ever, in the memory that the ids of
-these days need. How good the model is shows its error on each batch before that batch
-is trained on (progressive validation).
+tables double when they are full, so that memory follows the ids in use. The error is
+measured on each batch before that batch is trained on (progressive validation).
 
 The alternative is a table of fixed size in which ids collide, the row being the hash
 modulo the size. Monolith's paper (https://arxiv.org/abs/2209.07663) says that this
@@ -103,7 +102,7 @@ class FixedVocabulary:
         return self.lookup(raw), np.full(raw.size, -1, np.int32)
 
     def expire(self, *, before: int) -> None:
-        """Nothing: what a row has learned of an id cannot be told apart."""
+        """Nothing: a row does not know its ids."""
 
     def __len__(self) -> int:
         """All rows are in use from the beginning."""
@@ -201,18 +200,20 @@ def first_run(
 
 def enlarged(tx: optax.GradientTransformation, run: Run, rows: Rows) -> Run:
     """Doubles tables, and their slots, until the rows of a batch fit in."""
-    params = dict(run.params)
+    more = {}
     for name in FEATURES:
-        size = len(params[name])
+        size = before = len(run.params[name])
         while size <= rows[name].max():
             size = min(2 * size, run.maps[name].capacity)
-        params[name] = jnp.pad(params[name], ((0, size - len(params[name])), (0, 0)))
+        if size > before:
+            more[name] = jnp.pad(run.params[name], ((0, size - before), (0, 0)))
+    if not more:
+        return run
 
     def slot(new: Any, old: Any) -> Any:
         return old if new.shape == old.shape else new.at[: len(old)].set(old)
 
-    if all(len(params[name]) == len(run.params[name]) for name in FEATURES):
-        return run
+    params = run.params | more
     state = jax.tree.map(slot, tx.init(params), run.state)
     return run._replace(params=params, state=state)
 
