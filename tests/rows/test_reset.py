@@ -252,6 +252,19 @@ def test_labels_that_count_rows():
         reset_rows(tx, params, tx.init(params), rows, 0.0)
 
 
+def test_slots_that_depend_on_other_rows():
+    def init(params):
+        return jax.tree.map(lambda x: jnp.broadcast_to(x.sum(0), x.shape), params)
+
+    tx = optax.GradientTransformation(init, optax.identity().update)
+    table = jnp.ones((NUM_ROWS, DIM))
+    with pytest.raises(
+        ValueError,
+        match=r"^reset_rows needs .* reduce_sum.*\. Begin with a new state, or",
+    ):
+        reset_rows(tx, table, init(table), jnp.array([1]), 0.0)
+
+
 def test_a_scalar_has_no_rows():
     params = {"scale": jnp.ones(())}
     with pytest.raises(ValueError, match=r"params\['scale'\].* no rows"):
