@@ -235,9 +235,11 @@ class Variant:
         self, **settings: Any
     ) -> Callable[..., optax.GradientTransformationExtraArgs]:
         """The function whose transformations have their numbers in the state."""
-        return optax.inject_hyperparams(
+        make: Callable[..., optax.GradientTransformationExtraArgs]
+        make = optax.inject_hyperparams(
             self.optimizer, static_args=self.row.static, **settings
         )
+        return make
 
     def make(self, **options: Any) -> optax.GradientTransformationExtraArgs:
         """The transformation."""
