@@ -65,7 +65,7 @@ def owners(
             state,
             tables,
             params,
-            transform_non_params=lambda _: ANYBODY,
+            transform_non_params=lambda node: jax.tree.map(lambda _: ANYBODY, node),
             is_leaf=lambda node: isinstance(node, optax.MaskedNode),
         )
     except Exception:  # an init that does not take optax's placeholders may raise any

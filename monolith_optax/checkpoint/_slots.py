@@ -52,8 +52,8 @@ def import_slots(
 
     Args:
       tensors: arrays by TensorFlow's names, as `read_tensorflow` returns them: a
-        variable `VAR`, its slots `VAR/Adamom/m`, `/v` and `/c`, or `VAR/Rmsprop/m`
-        and `/v`, and `global_step`.
+        variable `VAR`, its slots `VAR/Adamom/m`, `/v` and `/c`, `VAR/Rmsprop/m` and
+        `/v`, or `VAR/Shampoo/s0` and so on, and `global_step`.
       params: parameters of the shapes, dtypes and shardings you want. Arrays, or the
         shapes that `jax.eval_shape` returns, which take no memory.
       state: a state of the optimizer for these parameters, or its shapes if nothing
@@ -216,6 +216,7 @@ def _entries_of(
 ) -> Any:
     """The entry of each leaf of one optimizer's own state."""
     slots = {field: getattr(state, field) for field in state._fields[1:]}
+    axes = slots.pop("axes", None)  # shampoo's slots by their names, or a number
     full = [tree for tree in slots.values() if not _is_scalar(tree)]
     like_params = full[0] if full else next(iter(slots.values()), ())
     paths = [path_of(path) for path, _ in jax.tree.leaves_with_path(like_params)]
@@ -226,14 +227,21 @@ def _entries_of(
         )
 
     def tensors(slot: str, tree: Any) -> Any:
-        if full and _is_scalar(tree):
-            names = {f"{variable(p)}/{optimizer}/{slot}": shapes[p] for p in paths}
-            return Shared(names)
         return jax.tree.map_with_path(
             lambda p, _: Tensor(f"{variable(path_of(p))}/{optimizer}/{slot}"), tree
         )
 
-    entries = {slot: tensors(slot, tree) for slot, tree in slots.items()}
+    def of_slot(slot: str, tree: Any) -> Any:
+        if full and _is_scalar(tree):
+            names = {f"{variable(p)}/{optimizer}/{slot}": shapes[p] for p in paths}
+            return Shared(names)
+        return tensors(slot, tree)
+
+    entries = {slot: of_slot(slot, tree) for slot, tree in slots.items()}
+    if isinstance(axes, dict):
+        entries["axes"] = {slot: tensors(slot, tree) for slot, tree in axes.items()}
+    elif axes is not None:
+        entries["axes"] = Kept(".axes")
     return state._replace(count=Count(), **entries)
 
 

@@ -280,11 +280,11 @@ def test_every_optimizer_goes_out_and_in(name):
     params = tree(lambda name: jnp.asarray(truth("adamom", 6)[name]))
     tx = variant.make()
     state = tx.init(params)
-    for _ in range(2):  # some slots are 0 after the first
+    for _ in range(3):  # some slots are 0 after the first, or the second
         _, state = tx.update(params, state, params)
     tensors = export_slots(params, state)
     name = type(state).__name__.removesuffix("State")
-    for slot in state._fields[1:]:
+    for slot in variant.slots:
         assert tensors[f"item_embedding/{name}/{slot}"].any()
     restored = import_slots(tensors, zeros(), tx.init(zeros()))
     chex.assert_trees_all_equal(restored, (params, state))

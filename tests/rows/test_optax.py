@@ -36,7 +36,7 @@ ACCEPTED = {
     "madgrad": lambda: contrib.madgrad(0.1),
     "schedule_free": lambda: contrib.schedule_free_adamw(0.1),
     "novograd": lambda: optax.novograd(0.1),
-    **{f"ours: {name}": variant.make for name, variant in VARIANTS.items()},
+    **{f"ours: {name}": v.make for name, v in VARIANTS.items() if v.row.for_rows},
 }
 REFUSED = {
     "lamb": lambda: optax.lamb(0.1),
@@ -55,6 +55,7 @@ REFUSED = {
     "flatten": lambda: optax.flatten(optax.adam(0.1)),
     "lbfgs": lambda: optax.lbfgs(linesearch=None),
     "adaptive_grad_clip": lambda: optax.adaptive_grad_clip(0.1),
+    **{f"ours: {name}": v.make for name, v in VARIANTS.items() if not v.row.for_rows},
 }
 if hasattr(contrib, "galore"):
     REFUSED["galore"] = lambda: contrib.galore(0.1)
