@@ -9,7 +9,7 @@ from jax import lax
 from jax.lax import GatherScatterMode
 from jax.sharding import NamedSharding, PartitionSpec
 
-from monolith_optax._rows import images, jaxprs, lookups
+from monolith_optax._rows import images, jaxprs, lookups, reading
 from monolith_optax._rows.found import Found
 from monolith_optax._rows.images import Leaf, whole
 from monolith_optax._rows.jaxprs import Equation
@@ -51,13 +51,13 @@ def look_up(
     """The result of a lookup with zeros added to its rows, and the ids of the rows."""
     image = operands[0]
     with jaxprs.standing_at(equation):
-        indices = lookups.indices_of(equation, list(map(whole, operands[1:])))
+        indices = reading.indices_of(equation, list(map(whole, operands[1:])))
         ids, valid = found.lookup.ids(indices)
         at = _At(found, ids, valid, zeros)
         rows = images.rows(image, at)
         result = found.lookup.result(rows, indices, valid)
         if equation.primitive.name == "slice":
-            result = lookups.sliced_columns(equation, result)
+            result = reading.sliced_columns(equation, result)
     return [result], [_in_this_mesh(at.ids[leaf]) for leaf in found.leaves]
 
 

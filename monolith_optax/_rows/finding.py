@@ -14,7 +14,7 @@ from monolith_optax._rows import images, jaxprs
 from monolith_optax._rows.found import Found, Inside, Tree, device_axes
 from monolith_optax._rows.images import Leaf, is_image, leaves_of
 from monolith_optax._rows.jaxprs import Equation, Program, type_of
-from monolith_optax._rows.lookups import lookup
+from monolith_optax._rows.reading import lookup
 
 LOOKUPS = ("gather", "dynamic_slice", "slice")
 CHECKPOINTS = ("checkpoint", "remat", "remat2")
