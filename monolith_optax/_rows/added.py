@@ -1,4 +1,4 @@
-"""One lookup with something added to the rows that it takes."""
+"""Lookups with something added to the rows that it takes."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,8 +10,9 @@ from jax.lax import GatherScatterMode
 from jax.sharding import NamedSharding, PartitionSpec
 
 from monolith_optax._rows import images, jaxprs, lookups, reading
+from monolith_optax._rows.cotangents import Rule
 from monolith_optax._rows.found import Found
-from monolith_optax._rows.images import Leaf, whole
+from monolith_optax._rows.images import Leaf, leaves_of, whole
 from monolith_optax._rows.jaxprs import Equation
 from monolith_optax._rows.tables import Table
 
@@ -59,6 +60,28 @@ def look_up(
         if equation.primitive.name == "slice":
             result = reading.sliced_columns(equation, result)
     return [result], [_in_this_mesh(at.ids[leaf]) for leaf in found.leaves]
+
+
+def run_rule(
+    equation: Equation, operands: Sequence[Any], found: Sequence[Found], zeros: Any
+) -> tuple[list[Any], list[Any]]:
+    """The results of a function whose rule gives tables a gradient, and the ids of it.
+
+    The rows to which it gives a gradient have zeros added, as if they were looked up.
+    """
+    rule, arrays = Rule(equation), list(map(whole, operands))
+    tables = [i for i, value in enumerate(operands) if leaves_of([value])]
+    scatters = [(i, scatter) for i in tables for scatter in rule.scatters(i)]
+    indices = rule.indices(arrays, [scatter for _, scatter in scatters])
+    rows, ids = [], []
+    for (i, _), lookup, where, added in zip(
+        scatters, found, indices, zeros, strict=True
+    ):
+        at = _At(lookup, *lookup.lookup.ids(where), added)
+        rows.append(images.rows(operands[i], at))
+        ids.append([_in_this_mesh(at.ids[leaf]) for leaf in lookup.leaves])
+    results = rule.run(arrays, tables, rows, [scatter for _, scatter in scatters])
+    return results, ids
 
 
 def _chosen(mask: Any, if_true: Any, if_false: jax.Array) -> jax.Array:

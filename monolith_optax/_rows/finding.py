@@ -11,13 +11,14 @@ import jax
 import numpy as np
 
 from monolith_optax._rows import images, jaxprs
+from monolith_optax._rows.cotangents import NotRowsError, Rule
 from monolith_optax._rows.found import Found, Inside, Tree, device_axes
 from monolith_optax._rows.images import Leaf, is_image, leaves_of
 from monolith_optax._rows.jaxprs import Equation, Program, type_of
+from monolith_optax._rows.lookups import Lookup
 from monolith_optax._rows.reading import lookup
 
 LOOKUPS = ("gather", "dynamic_slice", "slice")
-CHECKPOINTS = ("checkpoint", "remat", "remat2")
 
 
 class Finder:
@@ -79,7 +80,7 @@ class Finder:
         name = str(equation.primitive.name)
         if name in LOOKUPS:
             return self._lookup(equation, operands, tree)
-        if name in jaxprs.CALLS and name not in CHECKPOINTS:
+        if name in jaxprs.CALLS - jaxprs.CHECKPOINTS:
             self._callers.insert(0, equation)
             program = jaxprs.called_program(equation)
             assert program is not None
@@ -87,6 +88,8 @@ class Finder:
             self._callers.pop(0)
             tree.append(Inside(inner))
             return results
+        if name in jaxprs.CUSTOM_DERIVATIVES:
+            return self._rule(equation, operands, tree)
         if name not in _BODIES:
             return self._refuse(
                 operands, f"is used by {self._place(equation)}", equation
@@ -106,37 +109,70 @@ class Finder:
         self, equation: Equation, operands: list[Any], tree: Tree
     ) -> Sequence[Any]:
         table, *indices = operands
-        place = self._place(equation)
         found = lookup(equation)
         if not is_image(table) or leaves_of(indices):
-            return self._refuse(operands, f"is an index of {place}", equation)
-        if isinstance(found, str) or not table.rows_first:
-            why = found if isinstance(found, str) else "is used"
-            return self._refuse(operands, f"{why} by {place}", equation)
+            what = f"is an index of {self._place(equation)}"
+            return self._refuse(operands, what, equation)
+        if isinstance(found, str):
+            what = f"{found} by {self._place(equation)}"
+            return self._refuse(operands, what, equation)
+        varying = jaxprs.varying(type_of(equation.outvars[0]))
+        by_data = any(map(images.is_data, indices))
+        tree.append(self._take(equation, table, found, by_data, varying))
+        return [True]
+
+    def _rule(
+        self, equation: Equation, operands: list[Any], tree: Tree
+    ) -> Sequence[Any]:
+        """A function whose derivative rule says what the gradients of tables are."""
+        rule, found = Rule(equation), []
+        for operand, table in enumerate(operands):
+            if not leaves_of([table]):
+                continue
+            try:
+                scatters = rule.scatters(operand)
+            except NotRowsError as error:
+                what = f"{error} in the derivative rule of {self._place(equation)}"
+                self._refuse([table], what, equation)
+                continue
+            for scatter in scatters:
+                which, constants = rule.sources(scatter.indices)
+                by_data = any(images.is_data(operands[i]) for i in which)
+                by_data = by_data or any(map(_constant, constants))
+                varying = jaxprs.varying(type_of(scatter.updates))
+                found.append(
+                    self._take(equation, table, scatter.lookup, by_data, varying)
+                )
+        tree.append(Inside(found))
+        return [True] * len(equation.outvars)
+
+    def _take(
+        self,
+        equation: Equation,
+        table: images.Image,
+        found: Lookup,
+        by_data: bool,
+        varying: frozenset[str],
+    ) -> Found:
+        """A lookup of a table, refused if its gradient is not one of rows."""
+        place = self._place(equation)
+        if not table.rows_first:
+            self._refuse([table], f"is used by {place}", equation)
         if found.row_axes > 1 and not table.elementwise:
-            why = f"is computed with before the stacked lookup by {place}"
-            return self._refuse(operands, why, equation)
+            what = f"is computed with before the stacked lookup by {place}"
+            self._refuse([table], what, equation)
         not_asked = [Leaf(leaf) for leaf in table.leaves if not self._tables[leaf]]
         if found.row_axes > 1:
-            why = f"is looked up as a stack of tables by {place}"
-            self._refuse(not_asked, why, equation)
-        if not any(map(images.is_data, indices)):
+            what = f"is looked up as a stack of tables by {place}"
+            self._refuse(not_asked, what, equation)
+        if not by_data:
             self._refuse(not_asked, f"is looked up by constants in {place}", equation)
         for leaf in table.leaves:
             if self.row_axes.setdefault(leaf, found.row_axes) != found.row_axes:
-                why = f"is looked up both as one table and as a stack by {place}"
-                self._refuse(operands, why, equation)
-        tree.append(
-            Found(
-                found,
-                tuple(sorted(table.leaves)),
-                found.ids_shape,
-                jaxprs.varying(type_of(equation.outvars[0])),
-                True,
-                place,
-            )
-        )
-        return [True]
+                what = f"is looked up both as one table and as a stack by {place}"
+                self._refuse([table], what, equation)
+        leaves = tuple(sorted(table.leaves))
+        return Found(found, leaves, found.ids_shape, varying, True, place)
 
     def _refuse(
         self, values: Sequence[Any], what: str, equation: Equation
@@ -244,7 +280,7 @@ class Finder:
 
 
 _BODIES: dict[str, Any] = {
-    **dict.fromkeys(CHECKPOINTS, Finder._checkpoint),
+    **dict.fromkeys(jaxprs.CHECKPOINTS, Finder._checkpoint),
     "cond": Finder._cond,
     "scan": Finder._scan,
     "while": Finder._while,

@@ -38,6 +38,8 @@ def value_and_row_grad(
     columns, under `jax.vmap` (also of a stack of tables), inside `jit`, `checkpoint`,
     `scan`, `cond`, `while_loop`, `map` and `shard_map`. What is done to a table before
     it is looked up, row by row (casts, scaling, normalised rows), is done to the rows.
+    A function with a `custom_vjp` or `custom_jvp` rule may be given tables if the rule
+    adds rows to zeros for their gradient.
 
     Inside `jax.shard_map` slices are those of the device. Their sum over devices is
     the gradient.

@@ -1,6 +1,6 @@
 """Equations as lookups: those that take rows of a table, and those that add to them."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import jax
@@ -35,42 +35,41 @@ def lookup(equation: Equation) -> Lookup | str:
     return Lookup(shape, batch, numbers, sizes, GatherScatterMode.CLIP, None, 1)
 
 
-def scattered(equation: Equation, summed: int) -> Lookup | str:
+def scattered(equation: Equation, summed: Collection[int]) -> Lookup | str:
     """The lookup to whose rows a scatter adds, or why there is none.
 
     Args:
       equation: the scatter.
-      summed: how many first axes of its operand are summed over afterwards: those of
-        the batch if a rule is under `jax.vmap`.
+      summed: the axes of its operand that are summed over afterwards: those of the
+        batch, if it is under `jax.vmap`.
     """
-    numbers, mode = equation.params["dimension_numbers"], equation.params["mode"]
+    numbers = equation.params["dimension_numbers"]
     operand, indices, updates = (type_of(atom).shape for atom in equation.invars)
-    batching = tuple(
-        zip(
+    if not set(summed) <= set(numbers.operand_batching_dims):
+        return _UNKNOWN
+    kept = [axis for axis in range(len(operand)) if axis not in summed]
+    batching = [
+        (kept.index(axis), along)
+        for axis, along in zip(
             numbers.operand_batching_dims,
             numbers.scatter_indices_batching_dims,
             strict=True,
         )
-    )
-    summed_over = [axis for axis, _ in batching if axis < summed]
-    if len(summed_over) < summed:
-        return _UNKNOWN
-    kept = [(axis - summed, along) for axis, along in batching if axis >= summed]
+        if axis in kept
+    ]
     dropped = {*numbers.inserted_window_dims, *numbers.operand_batching_dims}
     window = iter([updates[axis] for axis in numbers.update_window_dims])
-    sizes = [1 if axis in dropped else next(window) for axis in range(len(operand))]
-    inserted = [axis - summed for axis in numbers.inserted_window_dims]
-    starts = [axis - summed for axis in numbers.scatter_dims_to_operand_dims]
+    sizes = [1 if axis in dropped else next(window) for axis in kept]
     as_gather = GatherDimensionNumbers(
         offset_dims=tuple(numbers.update_window_dims),
-        collapsed_slice_dims=tuple(inserted),
-        start_index_map=tuple(starts),
-        operand_batching_dims=tuple(axis for axis, _ in kept),
-        start_indices_batching_dims=tuple(along for _, along in kept),
+        collapsed_slice_dims=tuple(map(kept.index, numbers.inserted_window_dims)),
+        start_index_map=tuple(map(kept.index, numbers.scatter_dims_to_operand_dims)),
+        operand_batching_dims=tuple(axis for axis, _ in batching),
+        start_indices_batching_dims=tuple(along for _, along in batching),
     )
-    return _as_gather(
-        operand[summed:], indices[:-1], as_gather, sizes[summed:], mode, 0
-    )
+    shape = tuple(operand[axis] for axis in kept)
+    mode = equation.params["mode"]
+    return _as_gather(shape, indices[:-1], as_gather, sizes, mode, 0)
 
 
 def indices_of(equation: Equation, operands: Sequence[Any]) -> Any:
