@@ -32,7 +32,7 @@ class Finder:
     def __init__(self, types: Sequence[Any], tables: Mapping[int, bool]) -> None:
         """Gives the types of the leaves, and those to look for.
 
-        Each comes with whether it was asked for, and then may be a stack of tables, or
+        Each comes with whether it was asked for, and then may be a stack of numbers, or
         be looked up by constants.
         """
         self._types, self._tables = types, tables
@@ -162,8 +162,8 @@ class Finder:
             what = f"is computed with before the stacked lookup by {place}"
             self._refuse([table], what, equation)
         not_asked = [Leaf(leaf) for leaf in table.leaves if not self._tables[leaf]]
-        if found.row_axes > 1:
-            what = f"is looked up as a stack of tables by {place}"
+        if 1 < found.row_axes == len(found.shape):
+            what = f"is looked up as a stack of numbers by {place}"
             self._refuse(not_asked, what, equation)
         if not by_data:
             self._refuse(not_asked, f"is looked up by constants in {place}", equation)

@@ -50,9 +50,8 @@ def value_and_row_grad(
       tables: a tree of bools that is a prefix of params: which leaves are tables. If
         it is None, these are the leaves that the function looks up by ids that are
         data and uses for nothing else. A leaf looked up by constants, such as
-        `layers[0]`, is not a table then, and neither is a stack of tables. The number
-        of ids or rows does not matter. In the slices of a stack, ids count through
-        all of its rows.
+        `layers[0]`, is not a table then. The number of ids or rows does not matter. In
+        the slices of a stack of tables, ids count through all of its rows.
       has_aux: whether the function returns a pair, of which the second is passed on.
 
     Returns:

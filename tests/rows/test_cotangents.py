@@ -148,7 +148,7 @@ def test_a_stack_of_tables_that_a_rule_looks_up():
     def loss(params, ids):
         return jnp.sum(jnp.sin(jax.vmap(looked_up)(params, ids)))
 
-    check(loss, normal(3, N, D), IDS, rows={""}, tables=True, small=True)
+    check(loss, normal(3, N, D), IDS, rows={""}, small=True)
 
 
 @pytest.mark.slow
