@@ -1,24 +1,38 @@
 """Which leaves of params have gradients of rows, and why others have not."""
 
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from monolith_optax._rows.finding import Finder
-from monolith_optax._rows.found import Found, Tree, for_each
+from monolith_optax._rows.found import Tree
 from monolith_optax._rows.losses import Loss
 
 
 class Choice(NamedTuple):
-    """The leaves that are tables, their lookups, and why other leaves are not."""
+    """The leaves that are tables, their lookups, and why other leaves are not.
 
-    tables: frozenset[int]
+    `row_axes` says for each table how many of its axes are rows.
+    """
+
+    row_axes: dict[int, int]
     tree: Tree
     refused: dict[int, str]
 
+    @property
+    def tables(self) -> frozenset[int]:
+        """The leaves that are tables."""
+        return frozenset(self.row_axes)
+
 
 def choose(loss: Loss, tables: Any) -> Choice:
+    """The leaves that are tables, or those that `tables` asks for.
+
+    Raises:
+      ValueError: tables does not fit params, or a leaf that it names is no table.
+    """
     types = loss.types
     if tables is None:
         asked = [False] * len(types)
@@ -34,11 +48,16 @@ def choose(loss: Loss, tables: Any) -> Choice:
         left = {leaf: ask for leaf, ask in enumerate(asked) if leaf not in refused}
         finder = Finder(types, left)
         tree = finder.find(loss.program)
-        more = dict(finder.refused)
-        if tables is None:
-            for leaf in left.keys() - finder.row_axes.keys():
-                more.setdefault(leaf, "is never looked up")
-        elif more:
+        row_axes, more = dict(finder.row_axes), dict(finder.refused)
+        for leaf in left.keys() - row_axes.keys() - more.keys():
+            axes = _axes_without_ids(types[leaf].shape, finder.empty_shapes)
+            if axes is not None:
+                row_axes[leaf] = axes
+            elif tables is None:
+                more[leaf] = "is never looked up"
+            else:
+                row_axes[leaf] = 1
+        if tables is not None and more:
             leaf, why = min(more.items())
             raise ValueError(
                 f"Table {loss.names[leaf]} {why}, so its gradient is not one of rows. "
@@ -46,8 +65,23 @@ def choose(loss: Loss, tables: Any) -> Choice:
                 "up in the model."
             )
         if not more:
-            return Choice(frozenset(left), tree, refused)
+            return Choice(row_axes, tree, refused)
         refused |= {leaf: f"as it {why}" for leaf, why in more.items()}
+
+
+def _axes_without_ids(
+    shape: tuple[int, ...], empty_shapes: Collection[tuple[int, ...]]
+) -> int | None:
+    """How many axes of a leaf are rows, if it may have been looked up by no ids.
+
+    JAX makes an empty array of such a lookup without the table, and nothing else tells
+    of it. So this is taken for the cause where a leaf is not used.
+    """
+    for axes in range(1, len(shape)):
+        row_shape = shape[axes:]
+        if any(empty[-len(row_shape) :] == row_shape for empty in empty_shapes):
+            return axes
+    return 1 if empty_shapes else None
 
 
 def _flags(tables: Any, loss: Loss) -> list[bool]:
@@ -63,10 +97,3 @@ def _flags(tables: Any, loss: Loss) -> list[bool]:
         if flag and not aval.shape:
             raise ValueError(f"tables names {name}, but a scalar has no rows.")
     return [bool(flag) for flag in flags]
-
-
-def tables_of(tree: Tree) -> list[tuple[int, Found]]:
-    """The tables of all lookups, in the order of their zeros and ids."""
-    pairs: list[tuple[int, Found]] = []
-    for_each(tree, lambda found: pairs.extend((leaf, found) for leaf in found.leaves))
-    return pairs

@@ -27,6 +27,7 @@ class Finder:
     Attributes:
       refused: for each leaf that is, what it is used for.
       row_axes: for each leaf that is looked up, how many of its axes are rows.
+      empty_shapes: those of arrays without entries that the program makes.
     """
 
     def __init__(self, types: Sequence[Any], tables: Mapping[int, bool]) -> None:
@@ -40,6 +41,7 @@ class Finder:
         self._callers: list[Equation] = []
         self.refused: dict[int, str] = {}
         self.row_axes: dict[int, int] = {}
+        self.empty_shapes: set[tuple[int, ...]] = set()
 
     def find(self, program: Program) -> Tree:
         """The lookups in the program whose operands are the leaves."""
@@ -68,6 +70,9 @@ class Finder:
             results = images.mapped(equation, operands)
             if results is not None:
                 return results
+        if equation.primitive.name == "broadcast_in_dim":
+            shape = type_of(equation.outvars[0]).shape
+            self.empty_shapes |= {shape} if 0 in shape else set()
         called = jaxprs.called_program(equation)
         from_data = any(map(images.is_data, operands)) or (
             called is not None and any(map(_constant, called.consts))

@@ -14,8 +14,8 @@ import optax
 
 from monolith_optax._rows import jaxprs
 from monolith_optax._rows.adding import add
-from monolith_optax._rows.choosing import Choice, choose, tables_of
-from monolith_optax._rows.found import Found, for_each
+from monolith_optax._rows.choosing import Choice, choose
+from monolith_optax._rows.found import Found, for_each, tables_of
 from monolith_optax._rows.images import Leaf, whole
 from monolith_optax._rows.losses import Loss, trace
 from monolith_optax._rows.slices import RowSlices
@@ -151,12 +151,12 @@ def _differentiate(loss: Loss, choice: Choice) -> tuple[tuple[Any, Any], list[An
         if found.has_gradient:
             parts[leaf].append(RowSlices(*part))
     for leaf in tables:
-        gradients[leaf] = _total(parts[leaf], types[leaf])
+        gradients[leaf] = _total(parts[leaf], types[leaf], choice.row_axes[leaf])
     return (value, aux), gradients
 
 
-def _total(parts: list[RowSlices], table: Any) -> RowSlices:
+def _total(parts: list[RowSlices], table: Any, row_axes: int) -> RowSlices:
     if not parts:
-        empty = jnp.zeros((0, *table.shape[1:]), table.dtype)
+        empty = jnp.zeros((0, *table.shape[row_axes:]), table.dtype)
         return RowSlices(jnp.zeros(0, jnp.int32), empty)
     return parts[0] if len(parts) == 1 else RowSlices.concatenate(parts)
