@@ -9,9 +9,10 @@ from jax import lax
 from jax.lax import GatherScatterMode
 from jax.sharding import NamedSharding, PartitionSpec
 
-from monolith_optax._rows import images, jaxprs, lookups, reading
+from monolith_optax._rows import jaxprs, lookups, reading
 from monolith_optax._rows.cotangents import Rule
 from monolith_optax._rows.found import Found
+from monolith_optax._rows.image_rows import rows as rows_of_image
 from monolith_optax._rows.images import Leaf, leaves_of, whole
 from monolith_optax._rows.jaxprs import Equation
 from monolith_optax._rows.tables import Table
@@ -21,7 +22,8 @@ class _At:
     """Where an equation looks its image up."""
 
     def __init__(self, found: Found, ids: Any, valid: Any, zeros: Any) -> None:
-        self._lookup, self._local, self._valid = found.lookup, ids, valid
+        self._found, self._lookup, self._all_zeros = found, found.lookup, zeros
+        self._local, self._valid = ids, valid
         self._zeros = dict(zip(found.leaves, zeros, strict=True))
         self.table = _Positions("the table", found.lookup.num_rows, ids.reshape(-1))
         self.ids: dict[int, Any] = {}
@@ -37,6 +39,16 @@ class _At:
         self.ids[leaf.index] = _chosen(outside, -1, ids)
         rows = rows + _placed_as(rows, self._zeros[leaf.index])
         return rows.reshape(-1, *rows.shape[self._local.ndim :])
+
+    def part(self, first_row: int, num_rows: int) -> tuple["_At", jax.Array]:
+        """The positions in some of the rows, and which positions are in them."""
+        ids = self._local - first_row
+        inside = (ids >= 0) & (ids < num_rows)
+        valid = inside if self._valid is None else self._valid & inside
+        ids = jnp.clip(ids, 0, max(num_rows - 1, 0))
+        part = _At(self._found, ids, valid, self._all_zeros)
+        part.ids = self.ids
+        return part, inside.reshape(-1)
 
 
 class _Positions(Table):
@@ -55,7 +67,7 @@ def look_up(
         indices = reading.indices_of(equation, list(map(whole, operands[1:])))
         ids, valid = found.lookup.ids(indices)
         at = _At(found, ids, valid, zeros)
-        rows = images.rows(image, at)
+        rows = rows_of_image(image, at)
         result = found.lookup.result(rows, indices, valid)
         if equation.primitive.name == "slice":
             result = reading.sliced_columns(equation, result)
@@ -78,7 +90,7 @@ def run_rule(
         scatters, found, indices, zeros, strict=True
     ):
         at = _At(lookup, *lookup.lookup.ids(where), added)
-        rows.append(images.rows(operands[i], at))
+        rows.append(rows_of_image(operands[i], at))
         ids.append([_in_this_mesh(at.ids[leaf]) for leaf in lookup.leaves])
     results = rule.run(arrays, tables, rows, [scatter for _, scatter in scatters])
     return results, ids

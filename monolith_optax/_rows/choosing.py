@@ -49,14 +49,13 @@ def choose(loss: Loss, tables: Any) -> Choice:
         finder = Finder(types, left)
         tree = finder.find(loss.program)
         row_axes, more = dict(finder.row_axes), dict(finder.refused)
-        for leaf in left.keys() - row_axes.keys() - more.keys():
-            axes = _axes_without_ids(types[leaf].shape, finder.empty_shapes)
-            if axes is not None:
-                row_axes[leaf] = axes
-            elif tables is None:
-                more[leaf] = "is never looked up"
-            else:
-                row_axes[leaf] = 1
+        if not more:
+            for leaf in left.keys() - row_axes.keys():
+                axes = _axes_without_ids(types[leaf].shape, finder.empty_shapes)
+                if axes is not None or tables is not None:
+                    row_axes[leaf] = axes or 1
+                else:
+                    more[leaf] = "is never looked up"
         if tables is not None and more:
             leaf, why = min(more.items())
             raise ValueError(

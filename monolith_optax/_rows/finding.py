@@ -10,13 +10,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from monolith_optax._rows import images, jaxprs
+from monolith_optax._rows import images, jaxprs, reading
 from monolith_optax._rows.cotangents import NotRowsError, Rule
 from monolith_optax._rows.found import Found, Inside, Tree, device_axes
 from monolith_optax._rows.images import Leaf, is_image, leaves_of
 from monolith_optax._rows.jaxprs import Equation, Program, type_of
 from monolith_optax._rows.lookups import Lookup
-from monolith_optax._rows.reading import lookup
 
 LOOKUPS = ("gather", "dynamic_slice", "slice")
 
@@ -70,9 +69,9 @@ class Finder:
             results = images.mapped(equation, operands)
             if results is not None:
                 return results
-        if equation.primitive.name == "broadcast_in_dim":
-            shape = type_of(equation.outvars[0]).shape
-            self.empty_shapes |= {shape} if 0 in shape else set()
+        shape = type_of(equation.outvars[0]).shape if equation.outvars else ()
+        if 0 in shape and equation.primitive.name == "broadcast_in_dim":
+            self.empty_shapes.add(shape)
         called = jaxprs.called_program(equation)
         from_data = any(map(images.is_data, operands)) or (
             called is not None and any(map(_constant, called.consts))
@@ -95,6 +94,9 @@ class Finder:
             return results
         if name in jaxprs.CUSTOM_DERIVATIVES:
             return self._rule(equation, operands, tree)
+        if name in reading.CHANGES and leaves_of(operands[1:]):
+            what = f"is written into others by {self._place(equation)}"
+            return self._refuse(operands[1:], what, equation)
         if name not in _BODIES:
             return self._refuse(
                 operands, f"is used by {self._place(equation)}", equation
@@ -114,7 +116,7 @@ class Finder:
         self, equation: Equation, operands: list[Any], tree: Tree
     ) -> Sequence[Any]:
         table, *indices = operands
-        found = lookup(equation)
+        found = reading.lookup(equation)
         if not is_image(table) or leaves_of(indices):
             what = f"is an index of {self._place(equation)}"
             return self._refuse(operands, what, equation)

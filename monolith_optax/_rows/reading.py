@@ -1,5 +1,6 @@
 """Equations as lookups: those that take rows of a table, and those that add to them."""
 
+import math
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -70,6 +71,23 @@ def scattered(equation: Equation, summed: Collection[int]) -> Lookup | str:
     shape = tuple(operand[axis] for axis in kept)
     mode = equation.params["mode"]
     return _as_gather(shape, indices[:-1], as_gather, sizes, mode, 0)
+
+
+CHANGES = ("scatter", "scatter-add", "scatter-mul")
+
+
+def changed_row(equation: Equation) -> Lookup | None:
+    """Which row an equation changes, if it is all of a single one."""
+    found = scattered(equation, ())
+    if isinstance(found, str) or found.row_axes > 1 or math.prod(found.ids_shape) != 1:
+        return None
+    return found if found.sizes[1:] == found.shape[1:] else None
+
+
+def is_concatenation(equation: Equation) -> bool:
+    """Whether an equation puts rows after one another."""
+    name = equation.primitive.name
+    return bool(name == "concatenate" and equation.params["dimension"] == 0)
 
 
 def indices_of(equation: Equation, operands: Sequence[Any]) -> Any:

@@ -120,7 +120,7 @@ def summed(params):
 
 
 def assigned(params):
-    return jnp.sum(params["user"].at[0].set(0.0)[USERS])
+    return jnp.sum(params["user"].at[:2].set(0.0)[USERS])
 
 
 def scanned(params):
