@@ -71,10 +71,12 @@ class Lookup:
         Those that are not are the ids of other rows; all are if there is None.
         """
         indices = wide(indices)
-        ids: Any = 0
-        for axis in range(self.row_axes):
+        ids = self._along(0, indices)
+        for axis in range(1, self.row_axes):
             ids = ids * self.shape[axis] + self._along(axis, indices)
-        ids = jnp.broadcast_to(ids, self.batch + self.windows).reshape(self.ids_shape)
+        if ids.shape != self.ids_shape:
+            ids = jnp.broadcast_to(ids, self.batch + self.windows)
+            ids = ids.reshape(self.ids_shape)
         if self.mode == GatherScatterMode.CLIP:
             return ids, None
         inside = [
@@ -96,6 +98,8 @@ class Lookup:
         if axis in self.numbers.start_index_map:
             start = self._clipped(axis, start)
         start = jnp.asarray(start, self.ids_dtype)
+        if self.windows == (1,):
+            return start
         return start.reshape(start.shape + (1,) * self.row_axes) + window
 
     def _clipped(self, axis: int, start: jax.Array) -> jax.Array:
