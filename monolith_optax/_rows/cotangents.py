@@ -64,7 +64,7 @@ class Rule:
           NotRowsError: the cotangent is anything else.
         """
         if self._program.effects:
-            raise NotRowsError("has side effects")
+            raise NotRowsError("goes with prints or sums over devices")
         return self._added_to(self._gradients[operand], set())
 
     def sources(self, variable: Any) -> tuple[list[int], list[Any]]:

@@ -181,20 +181,18 @@ def _gradients_and_weights(
         Leaf(param, f"params{keystr(path)}", WHOLE)
         for path, param in jax.tree.leaves_with_path(params)
     ]
-    tables = [i for i, gradient in enumerate(given) if is_slices(gradient)]
-    axes = [row_axes(np.shape(weights[i].array), given[i]) or () for i in tables]
-    num_rows = list(map(math.prod, axes))
-    summed = sum_duplicates(
-        [given[i].ids for i in tables], [given[i].rows for i in tables], num_rows
-    )
-    gradients: list[Value] = list(map(Whole, given))
-    for i, its_axes, size, (ids, rows) in zip(
-        tables, axes, num_rows, summed, strict=True
-    ):
-        table = Table(weights[i].name, size, ids)
-        gradients[i] = Rows(rows, table, ZERO)
-        its_axes = its_axes if len(its_axes) > 1 else ()
-        weights[i] = weights[i]._replace(owner=table, row_axes=its_axes)
+    gradients: list[Value] = []
+    for i, gradient in enumerate(given):
+        if not is_slices(gradient):
+            gradients.append(Whole(gradient))
+            continue
+        axes = row_axes(np.shape(weights[i].array), gradient) or ()
+        num_rows = math.prod(axes)
+        ids, rows = sum_duplicates(gradient.ids, gradient.rows, num_rows)
+        table = Table(weights[i].name, num_rows, ids)
+        gradients.append(Rows(rows, table, ZERO))
+        stack = axes if len(axes) > 1 else ()
+        weights[i] = weights[i]._replace(owner=table, row_axes=stack)
     return gradients, weights
 
 
