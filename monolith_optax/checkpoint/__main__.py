@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from monolith_optax.checkpoint._list_hash_tables import hash_tables
-from monolith_optax.checkpoint._tensorflow import read_tensorflow, write_tensorflow
+from monolith_optax.checkpoint._read_tensorflow import read_tensorflow
+from monolith_optax.checkpoint._write_tensorflow import write_tensorflow
 
 # The same as those of the node checker; argparse exits with 2 for bad usage.
 DONE, FAILED, INTERRUPTED = 0, 3, 130
