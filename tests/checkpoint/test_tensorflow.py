@@ -1,6 +1,5 @@
 """Checkpoint files beside TensorFlow's own reader and writer, and the command line."""
 
-import json
 import subprocess
 import sys
 
@@ -126,25 +125,6 @@ def test_what_is_written_under_a_pattern_is_read(tmp_path, name):
     write_tensorflow(tmp_path / "w1", {"x": np.zeros(2)})
     write_tensorflow(tmp_path / name, {"x": np.ones(3)})
     assert_same(read_tensorflow(tmp_path / name), {"x": np.ones(3)})
-
-
-def test_show():
-    shown = run("show", prefix("adamom"))
-    assert shown.returncode == 0, shown.stderr
-    header, *lines = shown.stdout.splitlines()
-    assert header.split() == ["name", "kind", "shape", "dtype"]
-    assert ["global_step", "variable", "[]", "int64"] in map(str.split, lines)
-    assert "mlp/dense/bias/Adamom/c" in shown.stdout
-    rows = json.loads(run("show", "--json", prefix("adamom")).stdout)
-    assert {row["name"]: row["kind"] for row in rows} == {
-        name: "slot" if "Adamom" in name else "variable" for name in truth("adamom", 6)
-    }
-    missing = run("show", "nowhere")
-    assert missing.returncode == 3
-    assert missing.stderr == (
-        "error: There is no file nowhere.index. The prefix of a checkpoint ends before "
-        "'.index', as in 'model/model.ckpt-6'.\n"
-    )
 
 
 def test_convert_there_and_back(tmp_path):

@@ -293,7 +293,7 @@ def test_show_says_what_is_wrong(tmp_path):
     path = write_multi(tmp_path, "", {"a\x1b[31m": [entry(1, time=2**62)]})
     status, out, _ = show(str(tmp_path))
     assert status == 0
-    assert r"'a\x1b[31m'" in out
+    assert r"a\x1b[31m " in out
     assert str(2**62) in out
     path.write_bytes(b"damaged")
     status, out, err = show(str(tmp_path))
