@@ -90,7 +90,7 @@ def read_index(path: Path) -> tuple[int, dict[str, Stored]]:
         for key, entry in entries.items():
             if key.startswith(b"\0"):  # a part of a partitioned variable
                 continue
-            name = key.decode("utf-8", "surrogateescape")
+            name = _name(key)
             try:
                 tensors[name] = _tensor(key, entry, entries, shards)
             except MalformedError as error:
@@ -107,6 +107,13 @@ def _shards(header: bytes | None) -> int:
     if _integer(known, 2):
         raise MalformedError("is from a big-endian machine.")
     return _integer(known, 1)
+
+
+def _name(key: bytes) -> str:
+    try:
+        return key.decode("utf-8")
+    except UnicodeDecodeError:
+        raise MalformedError(f"has a name that is not UTF-8, {key!r}.") from None
 
 
 def _tensor(

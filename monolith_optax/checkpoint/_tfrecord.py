@@ -64,6 +64,8 @@ def read_records(
     Raises:
       ValueError: the file is damaged.
     """
+    if not path.is_file():  # opening a pipe would wait for its writer
+        raise ValueError(f"{path} is not a file.")
     size = path.stat().st_size
     with path.open("rb") as file:
         scan = _Scan(path)

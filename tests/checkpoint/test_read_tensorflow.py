@@ -255,8 +255,17 @@ def shared_keys(count, length):
         table(block((b"", header()), (b"b", b""), (b"a", b""))),
         table(block((b"", header())), shared_keys(100, 100_000)),
         table(*[block((b"", header()))] * 2),
+        table(block((b"", header()), (b"\xff", tensor(b"", shape=(0,))))),
     ],
-    ids=["endianness", "compressed", "no header", "order", "shared keys", "twice"],
+    ids=[
+        "endianness",
+        "compressed",
+        "no header",
+        "order",
+        "shared keys",
+        "twice",
+        "name",
+    ],
 )
 def test_an_index_that_tensorflow_does_not_write(file, tmp_path):
     (tmp_path / "x.index").write_bytes(file)

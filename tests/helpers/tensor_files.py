@@ -74,7 +74,7 @@ def header(shards=1, endianness=0):
 
 def write(prefix, entries, *data, shards=None):
     """A checkpoint of such entries, with one data file for each of data."""
-    pairs = [(b"", header(shards or len(data))), *sorted(entries.items())]
+    pairs = [(b"", header(shards or max(len(data), 1))), *sorted(entries.items())]
     prefix.with_name(f"{prefix.name}.index").write_bytes(table(block(*pairs)))
     for k, content in enumerate(data):
         name = f"{prefix.name}.data-{k:05}-of-{len(data):05}"
