@@ -140,7 +140,8 @@ def _stored(entry: bytes, shards: int) -> Stored:
         raise MalformedError("has a checksum of another kind.")
     dims = _messages(_bytes(known, _SHAPE), 2)
     shape = tuple(_integer(message_fields(dim), 1) for dim in dims)
-    if len(shape) > 64 or any(dim >= 2**63 for dim in shape):
+    # NumPy counts the bytes of empty arrays as if no dimension were 0.
+    if len(shape) > 64 or math.prod(dim or 1 for dim in shape) >= 2**59:
         raise MalformedError("has a shape that no array has.")
     stored = Stored(
         type=_integer(known, _TYPE),

@@ -92,7 +92,7 @@ def attempt(
 
     Returns:
       A future of the error that prevented the connection, or of None. Cancelling it
-      ends the attempt.
+      ends the attempt. Its exception, if any, is a fault of the checker.
     """
     loop = asyncio.get_running_loop()
     outcome: asyncio.Future[OSError | None] = loop.create_future()
@@ -101,10 +101,28 @@ def attempt(
     except OSError as error:
         outcome.set_result(error)
         return outcome
+    # Those of this machine have by now. The event loop would cost more than the rest.
+    if _has_answered(connection):
+        with connection:
+            outcome.set_result(_error_of(connection))
+    else:
+        _await_answer(connection, timeout, outcome)
+    return outcome
+
+
+def _await_answer(
+    connection: socket.socket, timeout: float, outcome: asyncio.Future[OSError | None]
+) -> None:
+    """Has the event loop settle the outcome, by an answer or after the timeout."""
+    loop, descriptor = outcome.get_loop(), connection.fileno()
 
     def settle() -> None:
-        if not outcome.done():
+        if outcome.done():
+            return
+        try:
             outcome.set_result(_error_of(connection))
+        except Exception as fault:  # the loop would only log it, again and again
+            outcome.set_exception(fault)
 
     def expire() -> None:
         # Where something held up the event loop, an answer may be there already.
@@ -120,10 +138,8 @@ def attempt(
         connection.close()
 
     timer = loop.call_later(timeout, expire) if timeout < math.inf else None
-    descriptor = connection.fileno()
     loop.add_writer(descriptor, settle)
     outcome.add_done_callback(close)
-    return outcome
 
 
 def _begin(address: SocketAddress) -> socket.socket:

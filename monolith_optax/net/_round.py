@@ -122,8 +122,7 @@ class _Round:
                     await self.start(target, tasks)
                     if number % BURST == 0:
                         await asyncio.sleep(0)
-                if self.attempts:
-                    await asyncio.wait(self.attempts)
+                await asyncio.gather(*self.attempts)  # raises faults of our own
         finally:
             await cancel(self.attempts)
         return self.statuses
@@ -142,8 +141,12 @@ class _Round:
         # A subclass may connect in its own way.
         if numeric is not None and type(self.connector) is TcpConnector:
             outcome = attempt(numeric, timeout)
-            outcome.add_done_callback(partial(self.settle, given, start, timeout))
-            self.attempts.append(outcome)
+            settle = partial(self.settle, given, start, timeout)
+            if outcome.done():
+                settle(outcome)
+            else:
+                outcome.add_done_callback(settle)
+                self.attempts.append(outcome)
         else:
             task = tasks.create_task(self.in_task(given, address, timeout))
             task.add_done_callback(self.release)
@@ -161,7 +164,7 @@ class _Round:
         outcome: asyncio.Future[OSError | None],
     ) -> None:
         self.release()
-        if not outcome.cancelled():
+        if not outcome.cancelled() and outcome.exception() is None:
             latency = self.clock() - start
             self.statuses[given] = status_of(given, outcome.result(), latency, timeout)
 

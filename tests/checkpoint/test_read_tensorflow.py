@@ -200,6 +200,7 @@ HOSTILE = {
     "shape": tensor(b"", shape=(HUGE,)),
     "shape and size": tensor(b"", shape=(HUGE,), size=4 * HUGE),
     "dims that overflow": tensor(b"", shape=(2**32, 2**32), size=0),
+    "an empty shape": tensor(b"", shape=(2**62, 0)),
     "a negative dim": tensor(b"", shape=(2**64 - 1,)),
     "an offset": tensor(b"1234", shape=(1,), offset=HUGE),
     "a negative offset": tensor(b"1234", shape=(1,), offset=2**64 - 4),

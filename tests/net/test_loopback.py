@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -116,10 +117,25 @@ def cmdline(pid):
     return b""
 
 
+@pytest.fixture(params=["at once", "later"])
+def answers(request, monkeypatch):
+    """Answers are there before `connect` returns, as on loopback, or come later."""
+    if request.param == "later":
+        seen, has_answered = weakref.WeakSet(), _connect._has_answered
+
+        def has_answered_later(connection):
+            first = connection not in seen
+            seen.add(connection)
+            return not first and has_answered(connection)
+
+        monkeypatch.setattr(_connect, "_has_answered", has_answered_later)
+
+
 def check(*addrs, timeout=60.0, **options):
     return asyncio.run(check_nodes(addrs, timeout=timeout, **options))
 
 
+@pytest.mark.usefixtures("answers")
 def test_alive_refused_and_silent(alive, refused, silent):
     report = check(alive, refused, silent, timeout=0.5)
     assert [status.reason for status in report.results] == [
@@ -234,6 +250,7 @@ def test_a_name_without_addresses():
     assert status.message
 
 
+@pytest.mark.usefixtures("answers")
 def test_a_connection_that_meets_itself_is_not_alive():
     # A free port of the ephemeral range: some attempt gets it as its own port too.
     low = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
@@ -269,6 +286,7 @@ def test_a_connection_that_meets_itself_is_not_alive():
     assert "itself" in status.message
 
 
+@pytest.mark.usefixtures("answers")
 def test_no_connection_is_left_in_time_wait(alive):
     port = int(alive.rpartition(":")[2])
     assert check(*[f"127.0.{i}.1:{port}" for i in range(3)], alive).alive == [alive]
@@ -286,6 +304,12 @@ def line_ends(row):
     return row[1][-5:], row[2][-5:]
 
 
+@pytest.mark.usefixtures("answers")
+@pytest.mark.parametrize(
+    "answers",
+    ["at once", pytest.param("later", marks=pytest.mark.slow)],
+    indirect=True,
+)
 def test_ten_thousand_addresses():
     limit, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard < 11_000:
@@ -320,7 +344,9 @@ def test_ten_thousand_addresses():
 
 SMALL_LIMIT = """
 import asyncio, resource, socket, sys
-from monolith_optax.net import check_nodes
+from monolith_optax.net import _connect, check_nodes
+if sys.argv[1] == "later":
+    _connect._has_answered = lambda connection: False
 resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
 with socket.socket() as server:
     server.bind(("", 0))
@@ -349,13 +375,15 @@ with socket.socket() as server:
 """
 
 
-def test_few_descriptors():
-    command = [sys.executable, "-c", SMALL_LIMIT]
+@pytest.mark.parametrize("answers", ["at once", "later"])
+def test_few_descriptors(answers):
+    command = [sys.executable, "-c", SMALL_LIMIT, answers]
     result = subprocess.run(command, check=False, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "could not be checked" in result.stderr  # logging's last resort
 
 
+@pytest.mark.usefixtures("answers")
 def test_cancellation_at_random_moments_leaves_nothing(alive, refused, silent):
     rng = random.Random(0)
 
@@ -409,6 +437,7 @@ def without_options(popen):
     return lambda command, **files: popen([command[0], command[-1]], **files)
 
 
+@pytest.mark.usefixtures("answers")
 def test_an_answer_counts_although_the_loop_was_held_up(alive):
     async def run(moment):
         asyncio.get_running_loop().call_later(moment, time.sleep, 0.1)
@@ -499,6 +528,7 @@ def uvloop():
     return uvloop
 
 
+@pytest.mark.usefixtures("answers")
 def test_another_event_loop(uvloop, alive, refused, silent):
     name = f"localhost:{alive.rpartition(':')[2]}"
 
@@ -530,6 +560,21 @@ def test_faults_of_name_lookup_are_not_those_of_a_node(monkeypatch, tmp_path, an
     assert isinstance(caught.value.exceptions[0], ValueError | KeyError)
 
 
+@pytest.mark.usefixtures("answers")
+@pytest.mark.parametrize("error", [ZeroDivisionError, OSError])
+def test_faults_in_judging_an_answer_are_not_those_of_a_node(
+    monkeypatch, alive, silent, error
+):
+    def fail(_):
+        raise error("a bug")
+
+    monkeypatch.setattr(_connect, "_error_of", fail)
+    with pytest.raises(ExceptionGroup) as caught:
+        check(silent, alive)
+    assert isinstance(caught.value.exceptions[0], error)
+
+
+@pytest.mark.usefixtures("answers")
 def test_nothing_is_sent():
     received = []
     with socket.create_server(("127.0.0.1", 0)) as server:
