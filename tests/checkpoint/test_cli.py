@@ -128,7 +128,10 @@ def test_names_that_the_terminal_cannot_print(tmp_path):
     assert names == expected
 
 
-@pytest.mark.parametrize("environment", [{"TERM": "dumb"}, {"TERM": "xterm"}])
+@pytest.mark.parametrize(
+    "environment",
+    [pytest.param({"TERM": "dumb"}, marks=pytest.mark.slow), {"TERM": "xterm"}],
+)
 def test_progress_only_on_a_terminal_that_can_clear_it(environment):
     ours, theirs = pty.openpty()
     termios.tcsetwinsize(theirs, (24, 80))
