@@ -169,16 +169,15 @@ def _gradients_and_weights(
         Leaf(param, f"params{keystr(path)}", WHOLE)
         for path, param in jax.tree.leaves_with_path(params)
     ]
-    tables = [i for i, gradient in enumerate(given) if is_slices(gradient)]
-    summed = sum_duplicates(
-        [given[i].ids for i in tables],
-        [given[i].rows for i in tables],
-        [len(weights[i].array) for i in tables],
-    )
-    gradients: list[Value] = list(map(Whole, given))
-    for i, (ids, rows) in zip(tables, summed, strict=True):
-        table = Table(weights[i].name, len(weights[i].array), ids)
-        gradients[i] = Rows(rows, table, ZERO)
+    gradients: list[Value] = []
+    for i, gradient in enumerate(given):
+        if not is_slices(gradient):
+            gradients.append(Whole(gradient))
+            continue
+        num_rows = len(weights[i].array)
+        ids, rows = sum_duplicates(gradient.ids, gradient.rows, num_rows)
+        table = Table(weights[i].name, num_rows, ids)
+        gradients.append(Rows(rows, table, ZERO))
         weights[i] = weights[i]._replace(owner=table)
     return gradients, weights
 

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 
 from monolith_optax._rows.duplicates import (
     at_least_float32,
-    one_position_each,
+    one_position,
     sum_rows,
 )
 from monolith_optax._rows.shardings import replicated
-from monolith_optax._rows.slices import is_slices
+from monolith_optax._rows.slices import RowSlices, is_slices
 
 
 def global_norm(tree: Any) -> jax.Array:
@@ -36,16 +36,17 @@ def global_norm(tree: Any) -> jax.Array:
       5.0
     """
     leaves = jax.tree.leaves(tree, is_leaf=is_slices)
-    slices = [leaf for leaf in leaves if is_slices(leaf)]
-    arrays = [jnp.asarray(leaf) for leaf in leaves if not is_slices(leaf)]
-    ids = [replicated(part.ids).reshape(-1) for part in slices]
-    positions = one_position_each(ids, [part >= 0 for part in ids])
-    for its_positions, part in zip(positions, slices, strict=True):
-        wide = part.rows.astype(at_least_float32(part.rows.dtype))
-        arrays.append(sum_rows(its_positions, wide, part.row_shape))
+    arrays = [_sums(leaf) if is_slices(leaf) else jnp.asarray(leaf) for leaf in leaves]
     with jax.numpy_dtype_promotion("standard"):
         norm: jax.Array = jnp.sqrt(sum(map(_sum_of_squares, arrays), jnp.float32(0)))
     return norm
+
+
+def _sums(slices: RowSlices) -> jax.Array:
+    """The rows of slices, with those of one id added up."""
+    ids = replicated(slices.ids).reshape(-1)
+    wide = slices.rows.astype(at_least_float32(slices.rows.dtype))
+    return sum_rows(one_position(ids, ids >= 0), wide, slices.row_shape)
 
 
 def _sum_of_squares(array: jax.Array) -> jax.Array:

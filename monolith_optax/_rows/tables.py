@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from monolith_optax._rows.duplicates import is_beyond
 from monolith_optax._rows.shardings import explicit_sharding, rows_sharding
 
 
@@ -28,22 +29,23 @@ class Table:
     @property
     def valid(self) -> jax.Array:
         """Which positions have a row of the table."""
-        return self.ids < self.num_rows
+        return ~is_beyond(self.ids)
 
     def gather(self, array: jax.Array) -> jax.Array:
         """The rows of an array that is as long as the table; zeros beyond it."""
         if self.num_rows == 0:
             return jnp.zeros((self.batch_size, *jnp.shape(array)[1:]), array.dtype)
-        return (
+        # The mode "fill" would make the compiled sums depend on the number of rows.
+        rows = (
             jnp.asarray(array)
-            .at[self.ids]
+            .at[jnp.minimum(self.ids, self.num_rows - 1)]
             .get(
-                mode="fill",
-                fill_value=0,
-                unique_indices=True,
+                mode="promise_in_bounds",
+                wrap_negative_indices=False,
                 out_sharding=rows_sharding(array, self.ids),
             )
         )
+        return self.mask(rows, jnp.zeros((), rows.dtype))
 
     def scatter(self, array: jax.Array, rows: jax.Array) -> jax.Array:
         """The array with new rows, of which those beyond it are dropped."""
@@ -54,6 +56,7 @@ class Table:
                 rows,
                 mode="drop",
                 unique_indices=True,
+                wrap_negative_indices=False,
                 out_sharding=explicit_sharding(array),
             )
         )

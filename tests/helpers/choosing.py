@@ -1,6 +1,7 @@
-"""Which optimizers of the registry a test runs on."""
+"""Which optimizers of the registry a test runs on, and which cases by default."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import pytest
 from registry import VARIANTS, Variant
@@ -15,3 +16,12 @@ def only(holds: Callable[[Variant], object]) -> pytest.MarkDecorator:
 def with_argument(name: str) -> pytest.MarkDecorator:
     """Runs a test only on the optimizers that have this argument."""
     return only(lambda variant: variant.takes(name))
+
+
+def sampled(cases: Iterable[str], *sample: str) -> list[Any]:
+    """The cases of a test, of which only CI runs those that are not in the sample."""
+    assert {*sample} <= {*cases}
+    return [
+        case if case in sample else pytest.param(case, marks=pytest.mark.slow)
+        for case in cases
+    ]

@@ -56,7 +56,7 @@ def put_back(new, old, rows):
     def leaf(new, old):
         if jnp.ndim(new) == 0 or len(new) != NUM_ROWS:
             return new
-        return jnp.where(rows.reshape(-1, *[1] * (new.ndim - 1)), new, old)
+        return jnp.asarray(np.where(rows.reshape(-1, *[1] * (new.ndim - 1)), new, old))
 
     return jax.tree.map(leaf, new, old)
 
@@ -67,7 +67,7 @@ def dense_step(inner, gradients, state, params, **extra):
         densely(gradients), state, params, **extra
     )
     rows = touched(gradients)
-    zeros = jax.tree.map(jnp.zeros_like, updates)
+    zeros = jax.tree.map(np.zeros_like, updates)
     return put_back(updates, zeros, rows), put_back(new_state, state, rows)
 
 

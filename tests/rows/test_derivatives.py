@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from choosing import sampled
 from dense_rows import (
     DIM,
     NUM_ROWS,
@@ -68,7 +69,7 @@ DIFFERENTIABLE = {
 }
 
 
-@pytest.mark.parametrize("name", DIFFERENTIABLE)
+@pytest.mark.parametrize("name", sampled(DIFFERENTIABLE, "adam", "rules"))
 def test_derivatives_through_a_step(name):
     """As in hypergradients, with respect to rate, rows and parameters."""
     params, [gradients] = parameters(), [next(batches(ids=[[3, 5, 3, 9]]))]

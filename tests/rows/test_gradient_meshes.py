@@ -55,7 +55,7 @@ def in_cond(params, ids):
 
 LOSSES = [
     local,
-    in_scan,
+    pytest.param(in_scan, marks=pytest.mark.slow),
     pytest.param(in_cond, marks=pytest.mark.slow),
     pytest.param(jax.checkpoint(local), marks=pytest.mark.slow),
 ]

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from choosing import sampled
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -33,21 +34,6 @@ ELEMENTWISE = {
     ),
     "scheduled": lambda: adamom(optax.linear_schedule(0.1, 0.0, 10)),
     "injected": lambda: optax.inject_hyperparams(rmsprop)(learning_rate=0.1),
-}
-MIXING = {
-    "adafactor": lambda: optax.adafactor(0.1, min_dim_size_to_factor=2),
-    "sm3": lambda: optax.sm3(0.1),
-    "lamb": lambda: optax.lamb(0.1),
-    "lars": lambda: optax.lars(0.1),
-    "fromage": lambda: optax.fromage(0.1),
-    "muon": lambda: optax.contrib.muon(0.1),
-    "prodigy": lambda: optax.contrib.prodigy(1.0),
-    "dadapt_adamw": lambda: optax.contrib.dadapt_adamw(1.0),
-    "dowg": lambda: optax.contrib.dowg(1.0),
-    "dog": lambda: optax.contrib.dog(1.0),
-    "adaptive_grad_clip": lambda: optax.adaptive_grad_clip(0.1),
-    "flatten": lambda: optax.flatten(optax.adam(0.1)),
-    "MultiSteps": lambda: optax.MultiSteps(adamom(0.1), 2),
 }
 
 
@@ -139,7 +125,7 @@ def test_any_ids(ids, seed):
     assert updates["table"].ids.shape == (len(ids),)
 
 
-@pytest.mark.parametrize("name", ELEMENTWISE)
+@pytest.mark.parametrize("name", sampled(ELEMENTWISE, "adamom", "clipped", "injected"))
 def test_with_ids_that_cover_every_row_it_is_the_dense_optimizer(name):
     """Prints the largest difference, which `pytest -rP` shows."""
     inner = ELEMENTWISE[name]()
@@ -163,7 +149,11 @@ IDS = [[3, 5, 3, -1], [5, 7, 12, 7], [3, 3, 3, 3], [0, 11, 5, -7]]
 
 
 @pytest.mark.parametrize(
-    "name", ["adamom", "adamom_v2", "rmsprop", "rmsprop_v2", "adagrad", "sgd", "lion"]
+    "name",
+    sampled(
+        ["adamom", "adamom_v2", "rmsprop", "rmsprop_v2", "adagrad", "sgd", "lion"],
+        *["adamom", "rmsprop_v2", "lion"],
+    ),
 )
 def test_each_touched_row_is_trained_by_itself_and_no_other(params, name):
     inner = ELEMENTWISE[name]()
@@ -199,7 +189,10 @@ def test_c_counts_the_steps_of_each_row(params):
 
 
 @pytest.mark.parametrize("ids", [np.zeros((0,), int), np.array(PADDING), [[5]]])
-@pytest.mark.parametrize("name", ["adamom", "rmsprop_v2", "adam", "clipped"])
+@pytest.mark.parametrize(
+    "name",
+    sampled(["adamom", "rmsprop_v2", "adam", "clipped"], "adamom", "clipped"),
+)
 def test_few_ids_or_none(name, params, ids):
     inner = ELEMENTWISE[name]()
     ids = np.asarray(ids, np.int32)
@@ -250,7 +243,7 @@ def test_dtypes(params, dtype, id_dtype):
         )
 
 
-@pytest.mark.parametrize("name", ELEMENTWISE)
+@pytest.mark.parametrize("name", sampled(ELEMENTWISE, "adamom", "injected"))
 def test_dense_gradients_take_the_dense_step(name, params):
     inner = ELEMENTWISE[name]()
     gradients = to_dense(batch(covering(0)))
@@ -259,13 +252,6 @@ def test_dense_gradients_take_the_dense_step(name, params):
         lazy_rows(inner).update(gradients, state, params),
         inner.update(gradients, state, params),
     )
-
-
-@pytest.mark.parametrize("name", MIXING)
-def test_optimizers_that_mix_rows_are_refused(params, name):
-    tx = lazy_rows(MIXING[name]())
-    with pytest.raises(ValueError, match="lazy_rows needs"):
-        jax.jit(tx.update)(batch(np.array([1, 2])), tx.init(params), params)
 
 
 BAD = {

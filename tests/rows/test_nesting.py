@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from choosing import sampled
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from law import check, normal
@@ -133,7 +134,10 @@ NESTED = {
 }
 
 
-@pytest.mark.parametrize("name", NESTED)
+SAMPLE = "checkpoint in scan", "scan of scans", "cond", "while", "custom_vjp of rows"
+
+
+@pytest.mark.parametrize("name", sampled(NESTED, *SAMPLE))
 def test_nested_lookups(name):
     params = {"t": normal(N, D), "w": normal(D, seed=1)}
     check(NESTED[name], params, IDS, rows={"t"}, small=True)

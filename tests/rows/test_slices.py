@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from monolith_optax import RowSlices, adamom, lazy_rows, value_and_row_grad
-from monolith_optax._rows.duplicates import sum_duplicates
+from monolith_optax._rows.duplicates import is_beyond, sum_duplicates
 
 IDS = np.array([[2, 0], [2, -1], [5, 4]])
 NUM_ROWS, DIM = 5, 2
@@ -266,8 +266,8 @@ def test_adamom_sees_the_sum_of_duplicates_in_a_bfloat16_table():
     assert state.v[:, 0].tolist() == [0, 4096.0**2, 0]
 
 
-def test_tables_of_one_step_share_a_search():
-    """Of very different sizes, with the same ids, and two without any."""
+def test_sums_of_duplicates():
+    """In tables of very different sizes, two of which get no ids."""
     rng = np.random.default_rng(0)
     num_rows = [4, 2**31 - 100, 7, 0, 3, 50]
     sizes = [(5, 4), (40,), (0,), (3,), (), (2, 3, 4)]
@@ -277,7 +277,7 @@ def test_tables_of_one_step_share_a_search():
     ]
     rows = [rng.normal(size=(*size, 2)).astype(np.float32) for size in sizes]
     ids[1][:2] = 2**31 - 101, 2**31 - 1
-    result = jax.jit(lambda ids, rows: sum_duplicates(ids, rows, num_rows))(
+    result = jax.jit(lambda ids, rows: list(map(sum_duplicates, ids, rows, num_rows)))(
         [jnp.asarray(part, jnp.int32) for part in ids], list(map(jnp.asarray, rows))
     )
     for part, its_rows, size, (distinct, sums) in zip(
@@ -293,6 +293,7 @@ def test_tables_of_one_step_share_a_search():
         assert len(set(distinct.tolist())) == part.size
         assert (distinct >= 0).all()
         valid = distinct < size
+        assert is_beyond(jnp.asarray(distinct)).tolist() == (~valid).tolist()
         assert set(distinct[valid].tolist()) == set(expected)
         for row_id, row in zip(distinct[valid], np.asarray(sums)[valid], strict=True):
             np.testing.assert_allclose(row, expected[row_id], rtol=1e-5)
@@ -303,7 +304,7 @@ def test_tables_of_one_step_share_a_search():
 def test_tables_too_large_for_int32_ids_are_an_error(num_rows):
     slices = RowSlices(jnp.arange(4), jnp.ones((4, 1)))
     with pytest.raises(ValueError, match=f"table of {num_rows} rows .* int32 row ids"):
-        sum_duplicates([slices.ids], [slices.rows], [num_rows])
+        sum_duplicates(slices.ids, slices.rows, num_rows)
     with pytest.raises(ValueError, match="int32 row ids"):
         jax.eval_shape(
             operator.add, jax.ShapeDtypeStruct((num_rows, 1), jnp.float32), slices
