@@ -1,4 +1,4 @@
-"""The wire format of protocol buffers, as far as hash tables use it."""
+"""The wire format of protocol buffers, as far as checkpoints use it."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -19,6 +19,7 @@ from monolith_optax.checkpoint._entries import (
     Shared,
     Tensor,
 )
+from monolith_optax.checkpoint._paths import check_leaves, path_of
 
 VariableNames: TypeAlias = Callable[[str], str] | Mapping[str, str] | None
 
@@ -71,7 +72,8 @@ def import_slots(
     Raises:
       ValueError: tensors are missing, left over, or of another shape or dtype (all
         are listed by name), or a slot that the state keeps as one number (`compact_c`)
-        is not uniform, or `state` contains no state of an optimizer of this package.
+        is not uniform, or `state` contains no state of an optimizer of this package,
+        or JAX traces a leaf, or a sharding has neither devices nor the current mesh.
 
     Example:
       >>> import jax.numpy as jnp
@@ -134,7 +136,7 @@ def export_slots(
 
     Raises:
       ValueError: `state` contains no state of an optimizer of this package, two leaves
-        have the same name, or counts of steps differ.
+        have the same name, counts of steps differ, or JAX traces a leaf.
 
     Example:
       >>> import jax.numpy as jnp
@@ -166,6 +168,7 @@ def _entries(
     variable_names: VariableNames,
 ) -> list[Entry]:
     """The entry of each leaf of `(params, state)`."""
+    check_leaves(params, state)
     shapes = {
         path_of(path): np.shape(leaf)
         for path, leaf in jax.tree.leaves_with_path(params)
@@ -277,10 +280,6 @@ def _variable_namer(names: VariableNames, paths: list[str]) -> Callable[[str], s
 def _is_scalar(tree: Any) -> bool:
     """Whether a slot is one number for all parameters."""
     return is_leaf(tree) and np.shape(tree) == ()
-
-
-def path_of(path: Any) -> str:
-    return keystr(path, simple=True, separator="/")
 
 
 def is_ours(node: Any) -> bool:
