@@ -15,6 +15,7 @@ from monolith_optax._optimizers import checks
 from monolith_optax._optimizers.base import as_dtype, root
 from monolith_optax._optimizers.slots import Slot, wide
 from monolith_optax._public import public
+from monolith_optax._rows.shardings import explicit_sharding, replicated
 
 Slots: TypeAlias = dict[str, Any]
 _LIKE_PARAMS = dict.fromkeys(("d", "m", "pm"), Slot())
@@ -26,20 +27,22 @@ class ShampooState(NamedTuple):
 
     Attributes:
       count: int32 scalar, the steps taken so far.
-      axes: slots of single axes. For axis i, of length n, they are `s{i}` and `g{i}` of
-        shape `(n, n)`, `pvec{i}` of `(n, k)`, `pval{i}` of `(k,)` and the scalar
-        `o{i}`. Each is a tree like the parameters, with None for those that do not have
-        this axis.
       d: the sum of squared gradients, a slot for each parameter.
       m: the momentum of Adagrad's steps, a slot for each parameter.
       pm: the momentum of preconditioned gradients, a slot for each parameter.
+      axes: slots of single axes. For axis i, of length n, they are `s{i}` and `g{i}` of
+        shape `(n, n)`, `pvec{i}` of `(n, k)`, `pval{i}` of `(k,)` and the scalar
+        `o{i}`. Each is a tree like the parameters, with None for those that do not have
+        this axis. If none has any axis, this is a 0: for `optax.tree.map_params`, which
+        calls `init` without parameters, the whole of it is one leaf that is not like
+        them.
     """
 
     count: jax.Array  # type: ignore[assignment]  # tuple.count gives way
-    axes: dict[str, optax.Params]
     d: optax.Params
     m: optax.Params
     pm: optax.Params
+    axes: dict[str, optax.Params] | jax.Array
 
 
 def shampoo(
@@ -161,7 +164,8 @@ def shampoo(
         treedef = jax.tree.structure(params)
         slots = _joined(treedef, list(map(zeros, jax.tree.leaves(params))))
         full = {name: slots.pop(name) for name in _LIKE_PARAMS}
-        return ShampooState(jnp.zeros([], jnp.int32), slots, **full)
+        zero = jnp.zeros([], jnp.int32)
+        return ShampooState(zero, **full, axes=slots or zero.copy())
 
     def update(
         updates: optax.Updates,
@@ -180,7 +184,8 @@ def shampoo(
         grads = jax.tree.leaves(updates)
         likes = grads if params is None else jax.tree.leaves(params)
         steps, slots = [], []
-        old = _split(treedef, state.axes | full)
+        axes = state.axes if isinstance(state.axes, dict) else {}
+        old = _split(treedef, axes | full)
         for grad, like, leaf in zip(grads, likes, old, strict=True):
             step, new = _step(
                 state.count, rate, jnp.asarray(grad, leaf["d"].dtype), leaf
@@ -190,22 +195,26 @@ def shampoo(
         joined = _joined(treedef, slots)
         full = {name: joined.pop(name) for name in _LIKE_PARAMS}
         count = optax.safe_increment(state.count)
-        return treedef.unflatten(steps), ShampooState(count, joined, **full)
+        state = ShampooState(count, **full, axes=joined or state.axes)
+        return treedef.unflatten(steps), state
 
     def _step(
         count: jax.Array, rate: ArrayLike, g: jax.Array, slots: Slots
     ) -> tuple[jax.Array, Slots]:
         cast = functools.partial(as_dtype, dtype=g.dtype)
-        p = g
+        p = whole = replicated(g)  # each device needs all of it
         new: Slots = {}
         for axis in range(g.ndim):
             names = [f"{name}{axis}" for name in ("s", "g", "pvec", "pval", "o")]
-            values = _axis(count, g, axis, [slots[name] for name in names])
+            values = _axis(count, whole, axis, [slots[name] for name in names])
             new |= dict(zip(names, values, strict=True))
             p = _preconditioned(p, axis, *values[2:])
+        if sharding := explicit_sharding(g):
+            p = jax.sharding.reshard(p, sharding)
         beta, rest = cast(beta_1), cast(1 - beta_1)
         d = slots["d"] + g * g
-        m = beta * slots["m"] + rest * g * jax.lax.rsqrt(d + 1e-30)
+        seen = jnp.where(d == 0, 1, d)  # where g is 0, so that derivatives are finite
+        m = beta * slots["m"] + rest * g * jax.lax.rsqrt(seen + 1e-30)
         pm = beta * slots["pm"] + rest * p
         after = count.astype(g.dtype) / warmup - 1 if warmup else jnp.ones_like(rest)
         r = jnp.clip(after, 0, 1)

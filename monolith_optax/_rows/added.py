@@ -1,4 +1,4 @@
-"""One lookup with something added to the rows that it takes."""
+"""Lookups with something added to the rows that it takes."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,9 +9,11 @@ from jax import lax
 from jax.lax import GatherScatterMode
 from jax.sharding import NamedSharding, PartitionSpec
 
-from monolith_optax._rows import images, jaxprs, lookups
+from monolith_optax._rows import jaxprs, lookups, reading
+from monolith_optax._rows.cotangents import Rule
 from monolith_optax._rows.found import Found
-from monolith_optax._rows.images import Leaf, whole
+from monolith_optax._rows.image_rows import rows as rows_of_image
+from monolith_optax._rows.images import Leaf, leaves_of, whole
 from monolith_optax._rows.jaxprs import Equation
 from monolith_optax._rows.tables import Table
 
@@ -20,7 +22,8 @@ class _At:
     """Where an equation looks its image up."""
 
     def __init__(self, found: Found, ids: Any, valid: Any, zeros: Any) -> None:
-        self._lookup, self._local, self._valid = found.lookup, ids, valid
+        self._found, self._lookup, self._all_zeros = found, found.lookup, zeros
+        self._local, self._valid = ids, valid
         self._zeros = dict(zip(found.leaves, zeros, strict=True))
         self.table = _Positions("the table", found.lookup.num_rows, ids.reshape(-1))
         self.ids: dict[int, Any] = {}
@@ -37,6 +40,16 @@ class _At:
         rows = rows + _placed_as(rows, self._zeros[leaf.index])
         return rows.reshape(-1, *rows.shape[self._local.ndim :])
 
+    def part(self, first_row: int, num_rows: int) -> tuple["_At", jax.Array]:
+        """The positions in some of the rows, and which positions are in them."""
+        ids = self._local - first_row
+        inside = (ids >= 0) & (ids < num_rows)
+        valid = inside if self._valid is None else self._valid & inside
+        ids = jnp.clip(ids, 0, max(num_rows - 1, 0))
+        part = _At(self._found, ids, valid, self._all_zeros)
+        part.ids = self.ids
+        return part, inside.reshape(-1)
+
 
 class _Positions(Table):
     """Any positions, of which several may have the same row."""
@@ -51,14 +64,36 @@ def look_up(
     """The result of a lookup with zeros added to its rows, and the ids of the rows."""
     image = operands[0]
     with jaxprs.standing_at(equation):
-        indices = lookups.indices_of(equation, list(map(whole, operands[1:])))
+        indices = reading.indices_of(equation, list(map(whole, operands[1:])))
         ids, valid = found.lookup.ids(indices)
         at = _At(found, ids, valid, zeros)
-        rows = images.rows(image, at)
+        rows = rows_of_image(image, at)
         result = found.lookup.result(rows, indices, valid)
         if equation.primitive.name == "slice":
-            result = lookups.sliced_columns(equation, result)
+            result = reading.sliced_columns(equation, result)
     return [result], [_in_this_mesh(at.ids[leaf]) for leaf in found.leaves]
+
+
+def run_rule(
+    equation: Equation, operands: Sequence[Any], found: Sequence[Found], zeros: Any
+) -> tuple[list[Any], list[Any]]:
+    """The results of a function whose rule gives tables a gradient, and the ids of it.
+
+    The rows to which it gives a gradient have zeros added, as if they were looked up.
+    """
+    rule, arrays = Rule(equation), list(map(whole, operands))
+    tables = [i for i, value in enumerate(operands) if leaves_of([value])]
+    scatters = [(i, scatter) for i in tables for scatter in rule.scatters(i)]
+    indices = rule.indices(arrays, [scatter for _, scatter in scatters])
+    rows, ids = [], []
+    for (i, _), lookup, where, added in zip(
+        scatters, found, indices, zeros, strict=True
+    ):
+        at = _At(lookup, *lookup.lookup.ids(where), added)
+        rows.append(rows_of_image(operands[i], at))
+        ids.append([_in_this_mesh(at.ids[leaf]) for leaf in lookup.leaves])
+    results = rule.run(arrays, tables, rows, [scatter for _, scatter in scatters])
+    return results, ids
 
 
 def _chosen(mask: Any, if_true: Any, if_false: jax.Array) -> jax.Array:

@@ -13,8 +13,8 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from monolith_optax._rows import images, jaxprs
-from monolith_optax._rows.added import look_up
-from monolith_optax._rows.finding import CHECKPOINTS, LOOKUPS
+from monolith_optax._rows.added import look_up, run_rule
+from monolith_optax._rows.finding import LOOKUPS
 from monolith_optax._rows.found import Found, Inside, Tree, device_axes, for_each
 from monolith_optax._rows.images import Leaf, is_image, leaves_of, whole
 from monolith_optax._rows.jaxprs import Equation, Program
@@ -57,10 +57,12 @@ def add(
         name = str(equation.primitive.name)
         if name in LOOKUPS:
             results, looked_up = look_up(equation, operands, node, added)
-        elif name in jaxprs.CALLS and name not in CHECKPOINTS:
+        elif name in jaxprs.CALLS - jaxprs.CHECKPOINTS:
             called = jaxprs.called_program(equation)
             assert called is not None
             results, looked_up = add(called, operands, node.tree, added, num_rows)
+        elif name in jaxprs.CUSTOM_DERIVATIVES:
+            results, looked_up = run_rule(equation, operands, node.tree, added)
         else:
             operands = [v if leaves_of([v]) else whole(v) for v in operands]
             run = _BODIES[name]
@@ -226,7 +228,7 @@ def _with_tables(arrays: Sequence[Any], values: Sequence[Any]) -> list[Any]:
 
 
 _BODIES = {
-    **dict.fromkeys(CHECKPOINTS, _checkpoint),
+    **dict.fromkeys(jaxprs.CHECKPOINTS, _checkpoint),
     "cond": _cond,
     "scan": _scan,
     "while": _while,

@@ -8,7 +8,7 @@ import numpy as np
 from jax.tree_util import keystr
 
 from monolith_optax._rows.duplicates import at_least_float32
-from monolith_optax._rows.slices import is_slices
+from monolith_optax._rows.slices import is_slices, row_axes
 
 
 def apply_updates(params: Any, updates: Any) -> Any:
@@ -51,7 +51,7 @@ def apply_updates(params: Any, updates: Any) -> Any:
                 "floating-point array can be updated. Make its update None."
             )
         if is_slices(update):
-            given = (*shape[:1], *update.row_shape)
+            given = (*(row_axes(shape, update) or shape[:1]), *update.row_shape)
         else:
             given = np.shape(update)
         if given != shape:

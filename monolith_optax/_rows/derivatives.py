@@ -64,7 +64,7 @@ def _with_jvp(
     function: Any, run: Run, equation: Equation, operands: list[Value], tables: Any
 ) -> Any:
     ours = jax.custom_jvp(function)
-    inputs, outputs = _inexact(equation.invars), _inexact(equation.outvars)
+    inputs, outputs = differentiable(equation.invars), differentiable(equation.outvars)
 
     def whole_tangents(primals: Any, tangents: Any) -> Any:
         some = [primals[i] for i in inputs]
@@ -94,7 +94,7 @@ def _with_vjp(
     function: Any, run: Run, equation: Equation, operands: list[Value], tables: Any
 ) -> Any:
     ours = jax.custom_vjp(function)
-    inputs, outputs = _inexact(equation.invars), _inexact(equation.outvars)
+    inputs, outputs = differentiable(equation.invars), differentiable(equation.outvars)
 
     def whole_cotangents(primals: Any, cotangents: Any) -> Any:
         some = [primals[i] for i in inputs]
@@ -142,7 +142,7 @@ def _of_tangent(value: Value) -> Constant:
     return Constant(lambda: None if constant.value is None else ZERO.value, [constant])
 
 
-def _inexact(atoms: Any) -> list[int]:
+def differentiable(atoms: Any) -> list[int]:
     """The indices of atoms that have derivatives."""
     return [
         i for i, a in enumerate(atoms) if jnp.issubdtype(type_of(a).dtype, jnp.inexact)
@@ -153,9 +153,9 @@ def _of_inexact(equation: Equation, operands: Any) -> Any:
     """The equation as a function only of what has derivatives."""
 
     def function(*inexact: Any) -> list[Any]:
-        changed = dict(zip(_inexact(equation.invars), inexact, strict=True))
+        changed = dict(zip(differentiable(equation.invars), inexact, strict=True))
         arrays = [changed.get(i, operand) for i, operand in enumerate(operands)]
         results = jaxprs.bind(equation, arrays)
-        return [results[i] for i in _inexact(equation.outvars)]
+        return [results[i] for i in differentiable(equation.outvars)]
 
     return function

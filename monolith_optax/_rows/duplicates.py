@@ -117,8 +117,8 @@ def one_position(ids: jax.Array, valid: jax.Array) -> jax.Array:
         factor, positions, undecided = carry
         slots = ((ids.astype(jnp.uint32) * factor) >> (32 - bits)).astype(jnp.int32)
         claimed = jnp.where(undecided, slots, 1 << bits)
-        last = jnp.zeros(1 << bits, jnp.int32).at[claimed]
-        last = last.max(here, mode="drop", wrap_negative_indices=False)
+        nobody = jnp.zeros(1 << bits, jnp.int32).at[claimed]
+        last = nobody.max(here, mode="drop", wrap_negative_indices=False)
         winners = _within(last, slots)
         won = undecided & (_within(ids, winners) == ids)
         return factor * _GOLDEN, jnp.where(won, winners, positions), undecided & ~won

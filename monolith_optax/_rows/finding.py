@@ -10,14 +10,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from monolith_optax._rows import images, jaxprs
+from monolith_optax._rows import images, jaxprs, reading
+from monolith_optax._rows.cotangents import NotRowsError, Rule
 from monolith_optax._rows.found import Found, Inside, Tree, device_axes
 from monolith_optax._rows.images import Leaf, is_image, leaves_of
 from monolith_optax._rows.jaxprs import Equation, Program, type_of
-from monolith_optax._rows.lookups import lookup
+from monolith_optax._rows.lookups import Lookup
 
 LOOKUPS = ("gather", "dynamic_slice", "slice")
-CHECKPOINTS = ("checkpoint", "remat", "remat2")
 
 
 class Finder:
@@ -26,12 +26,13 @@ class Finder:
     Attributes:
       refused: for each leaf that is, what it is used for.
       row_axes: for each leaf that is looked up, how many of its axes are rows.
+      empty_shapes: those of arrays without entries that the program makes.
     """
 
     def __init__(self, types: Sequence[Any], tables: Mapping[int, bool]) -> None:
         """Gives the types of the leaves, and those to look for.
 
-        Each comes with whether it was asked for, and then may be a stack of tables, or
+        Each comes with whether it was asked for, and then may be a stack of numbers, or
         be looked up by constants.
         """
         self._types, self._tables = types, tables
@@ -39,6 +40,7 @@ class Finder:
         self._callers: list[Equation] = []
         self.refused: dict[int, str] = {}
         self.row_axes: dict[int, int] = {}
+        self.empty_shapes: set[tuple[int, ...]] = set()
 
     def find(self, program: Program) -> Tree:
         """The lookups in the program whose operands are the leaves."""
@@ -67,6 +69,9 @@ class Finder:
             results = images.mapped(equation, operands)
             if results is not None:
                 return results
+        shape = type_of(equation.outvars[0]).shape if equation.outvars else ()
+        if 0 in shape and equation.primitive.name == "broadcast_in_dim":
+            self.empty_shapes.add(shape)
         called = jaxprs.called_program(equation)
         from_data = any(map(images.is_data, operands)) or (
             called is not None and any(map(_constant, called.consts))
@@ -79,7 +84,7 @@ class Finder:
         name = str(equation.primitive.name)
         if name in LOOKUPS:
             return self._lookup(equation, operands, tree)
-        if name in jaxprs.CALLS and name not in CHECKPOINTS:
+        if name in jaxprs.CALLS - jaxprs.CHECKPOINTS:
             self._callers.insert(0, equation)
             program = jaxprs.called_program(equation)
             assert program is not None
@@ -87,6 +92,11 @@ class Finder:
             self._callers.pop(0)
             tree.append(Inside(inner))
             return results
+        if name in jaxprs.CUSTOM_DERIVATIVES:
+            return self._rule(equation, operands, tree)
+        if name in reading.CHANGES and leaves_of(operands[1:]):
+            what = f"is written into others by {self._place(equation)}"
+            return self._refuse(operands[1:], what, equation)
         if name not in _BODIES:
             return self._refuse(
                 operands, f"is used by {self._place(equation)}", equation
@@ -106,37 +116,70 @@ class Finder:
         self, equation: Equation, operands: list[Any], tree: Tree
     ) -> Sequence[Any]:
         table, *indices = operands
-        place = self._place(equation)
-        found = lookup(equation)
+        found = reading.lookup(equation)
         if not is_image(table) or leaves_of(indices):
-            return self._refuse(operands, f"is an index of {place}", equation)
-        if isinstance(found, str) or not table.rows_first:
-            why = found if isinstance(found, str) else "is used"
-            return self._refuse(operands, f"{why} by {place}", equation)
+            what = f"is an index of {self._place(equation)}"
+            return self._refuse(operands, what, equation)
+        if isinstance(found, str):
+            what = f"{found} by {self._place(equation)}"
+            return self._refuse(operands, what, equation)
+        varying = jaxprs.varying(type_of(equation.outvars[0]))
+        by_data = any(map(images.is_data, indices))
+        tree.append(self._take(equation, table, found, by_data, varying))
+        return [True]
+
+    def _rule(
+        self, equation: Equation, operands: list[Any], tree: Tree
+    ) -> Sequence[Any]:
+        """A function whose derivative rule says what the gradients of tables are."""
+        rule, found = Rule(equation), []
+        for operand, table in enumerate(operands):
+            if not leaves_of([table]):
+                continue
+            try:
+                scatters = rule.scatters(operand)
+            except NotRowsError as error:
+                what = f"{error} in the derivative rule of {self._place(equation)}"
+                self._refuse([table], what, equation)
+                continue
+            for scatter in scatters:
+                which, constants = rule.sources(scatter.indices)
+                by_data = any(images.is_data(operands[i]) for i in which)
+                by_data = by_data or any(map(_constant, constants))
+                varying = jaxprs.varying(type_of(scatter.updates))
+                found.append(
+                    self._take(equation, table, scatter.lookup, by_data, varying)
+                )
+        tree.append(Inside(found))
+        return [True] * len(equation.outvars)
+
+    def _take(
+        self,
+        equation: Equation,
+        table: images.Image,
+        found: Lookup,
+        by_data: bool,
+        varying: frozenset[str],
+    ) -> Found:
+        """A lookup of a table, refused if its gradient is not one of rows."""
+        place = self._place(equation)
+        if not table.rows_first:
+            self._refuse([table], f"is used by {place}", equation)
         if found.row_axes > 1 and not table.elementwise:
-            why = f"is computed with before the stacked lookup by {place}"
-            return self._refuse(operands, why, equation)
+            what = f"is computed with before the stacked lookup by {place}"
+            self._refuse([table], what, equation)
         not_asked = [Leaf(leaf) for leaf in table.leaves if not self._tables[leaf]]
-        if found.row_axes > 1:
-            why = f"is looked up as a stack of tables by {place}"
-            self._refuse(not_asked, why, equation)
-        if not any(map(images.is_data, indices)):
+        if 1 < found.row_axes == len(found.shape):
+            what = f"is looked up as a stack of numbers by {place}"
+            self._refuse(not_asked, what, equation)
+        if not by_data:
             self._refuse(not_asked, f"is looked up by constants in {place}", equation)
         for leaf in table.leaves:
             if self.row_axes.setdefault(leaf, found.row_axes) != found.row_axes:
-                why = f"is looked up both as one table and as a stack by {place}"
-                self._refuse(operands, why, equation)
-        tree.append(
-            Found(
-                found,
-                tuple(sorted(table.leaves)),
-                found.ids_shape,
-                jaxprs.varying(type_of(equation.outvars[0])),
-                True,
-                place,
-            )
-        )
-        return [True]
+                what = f"is looked up both as one table and as a stack by {place}"
+                self._refuse([table], what, equation)
+        leaves = tuple(sorted(table.leaves))
+        return Found(found, leaves, found.ids_shape, varying, True, place)
 
     def _refuse(
         self, values: Sequence[Any], what: str, equation: Equation
@@ -244,7 +287,7 @@ class Finder:
 
 
 _BODIES: dict[str, Any] = {
-    **dict.fromkeys(CHECKPOINTS, Finder._checkpoint),
+    **dict.fromkeys(jaxprs.CHECKPOINTS, Finder._checkpoint),
     "cond": Finder._cond,
     "scan": Finder._scan,
     "while": Finder._while,

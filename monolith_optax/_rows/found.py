@@ -75,3 +75,10 @@ def device_axes(parts: ShardMap, found: Found) -> tuple[str, ...]:
     """The mesh axes over which a lookup inside a `shard_map` is another one."""
     axes = parts.axes & found.varying if parts.check_vma else parts.axes
     return tuple(axis for axis in parts.mesh.axis_names if axis in axes)
+
+
+def tables_of(tree: Tree) -> list[tuple[int, Found]]:
+    """The tables of all lookups, in the order of their zeros and ids."""
+    pairs: list[tuple[int, Found]] = []
+    for_each(tree, lambda found: pairs.extend((leaf, found) for leaf in found.leaves))
+    return pairs

@@ -6,18 +6,18 @@ those of the rows.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from monolith_optax._rows import jaxprs
 from monolith_optax._rows.adding import add
-from monolith_optax._rows.finding import Finder
-from monolith_optax._rows.found import Found, Tree, for_each
+from monolith_optax._rows.choosing import Choice, choose
+from monolith_optax._rows.found import Found, for_each, tables_of
 from monolith_optax._rows.images import Leaf, whole
+from monolith_optax._rows.losses import Loss, trace
 from monolith_optax._rows.slices import RowSlices
 
 
@@ -38,6 +38,8 @@ def value_and_row_grad(
     columns, under `jax.vmap` (also of a stack of tables), inside `jit`, `checkpoint`,
     `scan`, `cond`, `while_loop`, `map` and `shard_map`. What is done to a table before
     it is looked up, row by row (casts, scaling, normalised rows), is done to the rows.
+    A function with a `custom_vjp` or `custom_jvp` rule may be given tables if the rule
+    adds rows to zeros for their gradient.
 
     Inside `jax.shard_map` slices are those of the device. Their sum over devices is
     the gradient.
@@ -48,9 +50,8 @@ def value_and_row_grad(
       tables: a tree of bools that is a prefix of params: which leaves are tables. If
         it is None, these are the leaves that the function looks up by ids that are
         data and uses for nothing else. A leaf looked up by constants, such as
-        `layers[0]`, is not a table then, and neither is a stack of tables. The number
-        of ids or rows does not matter. In the slices of a stack, ids count through
-        all of its rows.
+        `layers[0]`, is not a table then. The number of ids or rows does not matter. In
+        the slices of a stack of tables, ids count through all of its rows.
       has_aux: whether the function returns a pair, of which the second is passed on.
 
     Returns:
@@ -89,8 +90,8 @@ class ValueAndRowGrad:
         self, params: optax.Params, *args: Any, **kwargs: Any
     ) -> tuple[Any, optax.Updates]:
         """The value of the function, or the pair, and the gradients."""
-        loss = _trace(self._fun, self._has_aux, params, args, kwargs)
-        choice = _choose(loss, self._tables)
+        loss = trace(self._fun, self._has_aux, params, args, kwargs)
+        choice = choose(loss, self._tables)
         (value, aux), gradients = _differentiate(loss, choice)
         result = (value, loss.with_arrays(aux)) if self._has_aux else value
         return result, jax.tree.unflatten(loss.structure, gradients)
@@ -106,10 +107,10 @@ class ValueAndRowGrad:
         Returns:
           A line for each leaf of params.
         """
-        loss = _trace(self._fun, self._has_aux, params, args, kwargs)
-        choice = _choose(loss, self._tables)
+        loss = trace(self._fun, self._has_aux, params, args, kwargs)
+        choice = choose(loss, self._tables)
         places: dict[int, dict[str, None]] = {leaf: {} for leaf in choice.tables}
-        for leaf, found in _tables_of(choice.tree):
+        for leaf, found in tables_of(choice.tree):
             places[leaf][found.place] = None
         return "\n".join(
             f"{name}: rows, looked up by {', '.join(places[leaf]) or 'nothing'}"
@@ -119,138 +120,7 @@ class ValueAndRowGrad:
         )
 
 
-class _Loss(NamedTuple):
-    """A traced loss.
-
-    Attributes:
-      program: from leaves to the value and the arrays of the auxiliary output.
-      leaves: the leaves of params.
-      names: what they are called.
-      structure: the tree of params.
-      with_arrays: makes the auxiliary output of its arrays.
-    """
-
-    program: jaxprs.Program
-    leaves: list[Any]
-    names: list[str]
-    structure: Any
-    with_arrays: Callable[[list[Any]], Any]
-
-    @property
-    def types(self) -> list[Any]:
-        """The types of the leaves."""
-        return list(map(jax.typeof, self.leaves))
-
-
-class _Choice(NamedTuple):
-    """The leaves that are tables, their lookups, and why other leaves are not."""
-
-    tables: frozenset[int]
-    tree: Tree
-    refused: dict[int, str]
-
-
-def _trace(
-    fun: Callable[..., Any], has_aux: bool, params: Any, args: Any, kwargs: Any
-) -> _Loss:
-    paths, structure = jax.tree.flatten_with_path(params)
-    args = tuple(map(_as_data, args))
-    kwargs = {name: _as_data(value) for name, value in kwargs.items()}
-    aux: list[Any] = []
-    aux_structure: Any = None
-
-    def flat(*leaves: Any) -> list[Any]:
-        nonlocal aux, aux_structure
-        result = fun(jax.tree.unflatten(structure, leaves), *args, **kwargs)
-        value, rest = result if has_aux else (result, None)
-        aux, aux_structure = jax.tree.flatten(rest)
-        arrays = [leaf for leaf in aux if isinstance(leaf, jax.Array)]
-        aux = [_ARRAY if isinstance(leaf, jax.Array) else leaf for leaf in aux]
-        return [value, *arrays]
-
-    leaves = [leaf for _, leaf in paths]
-    program, _ = jaxprs.trace(flat, *leaves)
-
-    def with_arrays(arrays: list[Any]) -> Any:
-        rest = iter(arrays)
-        filled = [next(rest) if leaf is _ARRAY else leaf for leaf in aux]
-        return jax.tree.unflatten(aux_structure, filled)
-
-    keystr = jax.tree_util.keystr
-    names = [keystr(p, simple=True, separator=".") or "params" for p, _ in paths]
-    return _Loss(program, leaves, names, structure, with_arrays)
-
-
-# Stands for an array of the auxiliary output.
-_ARRAY = object()
-
-
-def _as_data(argument: Any) -> Any:
-    """An argument with JAX's arrays for NumPy's, which are constants of a program."""
-
-    def is_numbers(leaf: Any) -> bool:
-        return isinstance(leaf, np.ndarray) and leaf.dtype.kind in "biufc"
-
-    if not any(map(is_numbers, jax.tree.leaves(argument))):
-        return argument
-    return jax.tree.map(lambda x: jnp.asarray(x) if is_numbers(x) else x, argument)
-
-
-def _choose(loss: _Loss, tables: Any) -> _Choice:
-    types = loss.types
-    if tables is None:
-        asked = [False] * len(types)
-        refused = {
-            leaf: "as it has no rows of floating point"
-            for leaf, aval in enumerate(types)
-            if not aval.shape or not jnp.issubdtype(aval.dtype, jnp.floating)
-        }
-    else:
-        asked = _flags(tables, loss)
-        refused = {leaf: "as tables says" for leaf, ask in enumerate(asked) if not ask}
-    while True:
-        left = {leaf: ask for leaf, ask in enumerate(asked) if leaf not in refused}
-        finder = Finder(types, left)
-        tree = finder.find(loss.program)
-        more = dict(finder.refused)
-        if tables is None:
-            for leaf in left.keys() - finder.row_axes.keys():
-                more.setdefault(leaf, "is never looked up")
-        elif more:
-            leaf, why = min(more.items())
-            raise ValueError(
-                f"Table {loss.names[leaf]} {why}, so its gradient is not one of rows. "
-                "Say False for it in tables to get a dense gradient, or only look it "
-                "up in the model."
-            )
-        if not more:
-            return _Choice(frozenset(left), tree, refused)
-        refused |= {leaf: f"as it {why}" for leaf, why in more.items()}
-
-
-def _flags(tables: Any, loss: _Loss) -> list[bool]:
-    params = jax.tree.unflatten(loss.structure, loss.leaves)
-    try:
-        flags = jax.tree.leaves(jax.tree.broadcast(tables, params))
-    except ValueError as error:
-        raise ValueError(
-            "tables must be a tree of bools that is a prefix of the tree of params, "
-            f"but it is {tables!r}, and that of params is {loss.structure}."
-        ) from error
-    for flag, aval, name in zip(flags, loss.types, loss.names, strict=True):
-        if flag and not aval.shape:
-            raise ValueError(f"tables names {name}, but a scalar has no rows.")
-    return [bool(flag) for flag in flags]
-
-
-def _tables_of(tree: Tree) -> list[tuple[int, Found]]:
-    """The tables of all lookups, in the order of their zeros and ids."""
-    pairs: list[tuple[int, Found]] = []
-    for_each(tree, lambda found: pairs.extend((leaf, found) for leaf in found.leaves))
-    return pairs
-
-
-def _differentiate(loss: _Loss, choice: _Choice) -> tuple[tuple[Any, Any], list[Any]]:
+def _differentiate(loss: Loss, choice: Choice) -> tuple[tuple[Any, Any], list[Any]]:
     types, tables = loss.types, choice.tables
     num_rows = frozenset(types[leaf].shape[0] for leaf in tables)
 
@@ -276,17 +146,17 @@ def _differentiate(loss: _Loss, choice: _Choice) -> tuple[tuple[Any, Any], list[
     (value, (aux, ids)), (gradients, rows) = grad(dense, zeros)
     parts: dict[int, list[RowSlices]] = {leaf: [] for leaf in tables}
     for (leaf, found), *part in zip(
-        _tables_of(choice.tree), *map(jax.tree.leaves, (ids, rows)), strict=True
+        tables_of(choice.tree), *map(jax.tree.leaves, (ids, rows)), strict=True
     ):
         if found.has_gradient:
             parts[leaf].append(RowSlices(*part))
     for leaf in tables:
-        gradients[leaf] = _total(parts[leaf], types[leaf])
+        gradients[leaf] = _total(parts[leaf], types[leaf], choice.row_axes[leaf])
     return (value, aux), gradients
 
 
-def _total(parts: list[RowSlices], table: Any) -> RowSlices:
+def _total(parts: list[RowSlices], table: Any, row_axes: int) -> RowSlices:
     if not parts:
-        empty = jnp.zeros((0, *table.shape[1:]), table.dtype)
+        empty = jnp.zeros((0, *table.shape[row_axes:]), table.dtype)
         return RowSlices(jnp.zeros(0, jnp.int32), empty)
     return parts[0] if len(parts) == 1 else RowSlices.concatenate(parts)

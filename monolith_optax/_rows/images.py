@@ -7,14 +7,11 @@ rows that are looked up is all that is needed, and nothing as large as a table i
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
-from monolith_optax._rows import jaxprs, rules
-from monolith_optax._rows.derivatives import run_with_derivatives
+from monolith_optax._rows import jaxprs, reading, rules
 from monolith_optax._rows.jaxprs import Equation, Program, type_of
-from monolith_optax._rows.program import Runner
-from monolith_optax._rows.tables import Table
-from monolith_optax._rows.values import MixesRowsError, Rows
+from monolith_optax._rows.values import MixesRowsError
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +28,7 @@ class Leaf:
     array: Any = None
     first_row: Any = 0
 
+    offsets = property(lambda self: frozenset([(self.index, 0)]))
     leaves = property(lambda self: frozenset([self.index]))
     is_data = True
     rows_first = True
@@ -56,8 +54,9 @@ class Mapped:
       equation: the equation.
       operands: its operands, some of which are images.
       index: which of its results this is.
-      leaves: the tables on whose rows it depends. None for rows that come from
-        nowhere, such as a number broadcast to the shape of a table.
+      offsets: the tables on whose rows it depends, and which row of it is the first
+        one of each. None for rows that come from nowhere, such as a number broadcast
+        to the shape of a table.
       is_data: whether it depends on more than numbers that are part of the program.
       rows_first: whether rows are along the first axis. An image for which this is
         not so serves nothing.
@@ -67,11 +66,16 @@ class Mapped:
     equation: Equation
     operands: Sequence[Any]
     index: int
-    leaves: frozenset[int]
+    offsets: frozenset[tuple[int, int]]
     is_data: bool
     rows_first: bool
     elementwise: bool
     _whole: list[Any] = field(default_factory=list)
+
+    @property
+    def leaves(self) -> frozenset[int]:
+        """The tables."""
+        return frozenset(leaf for leaf, _ in self.offsets)
 
     def whole(self) -> Any:
         """All rows."""
@@ -84,17 +88,6 @@ class Mapped:
 
 
 Image = Leaf | Mapped
-
-
-class At(Protocol):
-    """Where a table is looked up."""
-
-    @property
-    def table(self) -> Table:
-        """The positions, as the table's part that a program runs on."""
-
-    def leaf(self, leaf: Leaf) -> Any:
-        """The rows of a table at these positions."""
 
 
 def is_image(value: Any) -> bool:
@@ -130,7 +123,10 @@ def mapped(equation: Equation, operands: Sequence[Any]) -> list[Any] | None:
     turned = name == "transpose" and equation.params["permutation"][0] != 0
     if not turned and not _keeps_rows(equation, operands):
         return None
-    leaves = leaves_of(images)
+    offsets = _offsets(equation, operands)
+    leaves = frozenset(leaf for leaf, _ in offsets)
+    if len(offsets) > len(leaves):  # several rows of one table in one
+        return None
     # Values are arrays when the program runs, and bools when it is only read.
     from_data = bool(leaves) or any(
         v is True or (is_image(v) and v.is_data) for v in operands
@@ -140,9 +136,20 @@ def mapped(equation: Equation, operands: Sequence[Any]) -> list[Any] | None:
         for operand, value in zip(equation.invars, operands, strict=True)
     )
     return [
-        Mapped(equation, operands, index, leaves, from_data, not turned, elementwise)
+        Mapped(equation, operands, index, offsets, from_data, not turned, elementwise)
         for index in range(len(equation.outvars))
     ]
+
+
+def _offsets(equation: Equation, operands: Sequence[Any]) -> frozenset[tuple[int, int]]:
+    found: set[tuple[int, int]] = set()
+    first_row = 0
+    for operand, value in zip(equation.invars, operands, strict=True):
+        if is_image(value):
+            found |= {(leaf, first_row + offset) for leaf, offset in value.offsets}
+        if reading.is_concatenation(equation):
+            first_row += type_of(operand).shape[0]
+    return frozenset(found)
 
 
 def made(equation: Equation, num_rows: frozenset[int]) -> bool:
@@ -155,50 +162,10 @@ def made(equation: Equation, num_rows: frozenset[int]) -> bool:
     return rules.plan(equation, [False] * len(equation.invars)) is not None
 
 
-def rows(image: Image, at: At) -> Any:
-    """The rows of an image where it is looked up, one position after the other."""
-    done: dict[int, Any] = {}
-
-    def rows_of(value: Any) -> Any:
-        if id(value) not in done:
-            done[id(value)] = (
-                at.leaf(value) if isinstance(value, Leaf) else apply(value)
-            )
-        return done[id(value)]
-
-    def apply(image: Mapped) -> Any:
-        equation, operands = image.equation, image.operands
-        if equation.primitive.name in jaxprs.CUSTOM_DERIVATIVES:
-            runner = Runner([at.table])
-            values = [
-                Rows(rows_of(value), at.table)
-                if is_image(value)
-                else runner.whole(value)
-                for value in operands
-            ]
-            results = run_with_derivatives(runner.run, equation, values)
-            return results[image.index].at(at.table)
-        plan = rules.plan(equation, list(map(is_image, operands)))
-        assert plan is not None
-        arrays = [
-            rows_of(value)
-            if is_image(value)
-            else at.table.gather(value)
-            if needed
-            else value
-            for needed, value in zip(plan.by_row, operands, strict=True)
-        ]
-        if equation.primitive.name in _VARYING:
-            return arrays[0]  # rows vary as their ids do already
-        return plan.apply(at.table.batch_size, arrays)[image.index]
-
-    return rows_of(image)
-
-
 # What these say of whole tables need not hold for some rows.
 _HINTS = ("sharding_constraint", "optimization_barrier")
-_VARYING = ("pvary", "pcast")
-_PLACEMENTS = ("sharding_constraint", "reshard", "mesh_cast", *_VARYING)
+VARYING = ("pvary", "pcast")
+_PLACEMENTS = ("sharding_constraint", "reshard", "mesh_cast", *VARYING)
 
 
 def _keeps_rows(equation: Equation, operands: Sequence[Any]) -> bool:
@@ -207,6 +174,11 @@ def _keeps_rows(equation: Equation, operands: Sequence[Any]) -> bool:
         assert program is not None
         results = _results(program, operands)
         return results is not None and all(map(is_image, results))
+    if equation.primitive.name in reading.CHANGES:
+        others = leaves_of(operands[1:])
+        return not others and reading.changed_row(equation) is not None
+    if reading.is_concatenation(equation):
+        return True
     return rules.plan(equation, list(map(is_image, operands))) is not None
 
 
@@ -216,11 +188,15 @@ def _results(program: Program, operands: Sequence[Any]) -> list[Any] | None:
     def step(equation: Equation, operands: list[Any]) -> Sequence[Any]:
         if not any(map(is_image, operands)):
             return [True] * len(equation.outvars)
-        called = None
-        if equation.primitive.name in jaxprs.CALLS:
+        called, name = None, equation.primitive.name
+        if name in jaxprs.CALLS:
             called = jaxprs.called_program(equation)
         results = _results(called, operands) if called else mapped(equation, operands)
-        if results is None:
+        if (
+            results is None
+            or reading.is_concatenation(equation)
+            or name in reading.CHANGES
+        ):
             raise MixesRowsError("mixes rows", equation)
         return results
 

@@ -6,7 +6,7 @@ which differs between versions of JAX.
 
 import contextlib
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -21,10 +21,8 @@ Equation = core.JaxprEqn
 # Primitives that call a program on their operands and give back what it gives. The two
 # that carry derivative rules of their own are apart: who runs their program instead
 # loses the rules.
-CALLS = frozenset(
-    {"jit", "pjit", "closed_call", "core_call", "call"}
-    | {"checkpoint", "remat", "remat2"}
-)
+CHECKPOINTS = frozenset({"checkpoint", "remat", "remat2"})
+CALLS = CHECKPOINTS | {"jit", "pjit", "closed_call", "core_call", "call"}
 CUSTOM_DERIVATIVES = frozenset(
     ["custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"]
 )
@@ -61,12 +59,64 @@ def interpret(
     values.update(zip(jaxpr.invars, operands, strict=True))
 
     def read(atom: Any) -> Value:
-        return constant(atom.val) if isinstance(atom, core.Literal) else values[atom]
+        return values[atom] if is_variable(atom) else constant(atom.val)
 
     for equation in jaxpr.eqns:
         results = step(equation, [read(atom) for atom in equation.invars])
         values.update(zip(equation.outvars, results, strict=True))
     return [read(atom) for atom in jaxpr.outvars]
+
+
+def inlined(program: Program) -> Program:
+    """The program without calls; those that save no results for gradients stay."""
+
+    def step(equation: Equation, operands: list[Any]) -> list[Any]:
+        if equation.primitive.name not in CALLS - CHECKPOINTS:
+            return bind(equation, operands)
+        called = called_program(equation)
+        assert called is not None
+        return run(called, operands)
+
+    def run(program: Program, operands: Sequence[Any]) -> list[Any]:
+        return interpret(program, operands, step, lambda constant: constant)
+
+    types = [type_of(operand) for operand in program.jaxpr.invars]
+    return trace(lambda *operands: run(program, operands), *types)[0]
+
+
+def needed(program: Program, wanted: Sequence[Any], given: Container[Any]) -> set[Any]:
+    """The variables of a program on which some depend, and those themselves.
+
+    What is before a variable that is given is not looked at.
+    """
+    found = set(filter(is_variable, wanted))
+    for equation in reversed(program.jaxpr.eqns):
+        if any(out in found and out not in given for out in equation.outvars):
+            found.update(filter(is_variable, equation.invars))
+    return found
+
+
+def evaluate(
+    program: Program, given: Mapping[Any, Any], wanted: Sequence[Any]
+) -> list[Any]:
+    """Runs as much of a program as some of its variables need.
+
+    Args:
+      program: the program.
+      given: the values of its operands, or of other variables.
+      wanted: variables.
+    """
+    values = dict(zip(program.jaxpr.constvars, program.consts, strict=True)) | {**given}
+    variables = needed(program, wanted, given)
+
+    def read(atom: Any) -> Any:
+        return values[atom] if is_variable(atom) else atom.val
+
+    for equation in program.jaxpr.eqns:
+        if any(out in variables and out not in given for out in equation.outvars):
+            results = bind(equation, [read(atom) for atom in equation.invars])
+            values.update(zip(equation.outvars, results, strict=True))
+    return [read(atom) for atom in wanted]
 
 
 def bind(equation: Equation, operands: Sequence[Any], **changed: Any) -> list[Any]:
@@ -95,6 +145,11 @@ def standing_at(equation: Equation) -> Iterator[None]:
         equation.ctx.manager,
     ):
         yield
+
+
+def is_variable(atom: core.Var | core.Literal) -> bool:
+    """Whether an operand or result of an equation is no number written in it."""
+    return not isinstance(atom, core.Literal)
 
 
 def type_of(atom: core.Var | core.Literal) -> Any:

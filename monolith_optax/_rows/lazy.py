@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 from typing import Any
 
 import jax
@@ -14,10 +15,11 @@ from monolith_optax._rows.constants import ZERO
 from monolith_optax._rows.duplicates import sum_duplicates
 from monolith_optax._rows.jaxprs import trace
 from monolith_optax._rows.program import Runner
-from monolith_optax._rows.slices import RowSlices, is_slices
+from monolith_optax._rows.slices import RowSlices, is_slices, row_axes
 from monolith_optax._rows.slots import WHOLE, Leaf, check_kind, owners
+from monolith_optax._rows.stacks import flat_program
 from monolith_optax._rows.tables import Table
-from monolith_optax._rows.values import MixesRowsError, Rows, Value, Whole
+from monolith_optax._rows.values import MixesRowsError, Pending, Rows, Value, Whole
 
 
 def lazy_rows(
@@ -111,6 +113,8 @@ def _step(
     gradients, weights = _gradients_and_weights(updates, params)
     owner_tree = jax.tree.unflatten(structure, [leaf.owner for leaf in weights])
     slots, slots_structure = _slots(inner, state, params, owner_tree)
+    stacks = {leaf.row_axes for leaf in weights if leaf.row_axes}
+    slots = [leaf.of_a_stack(stacks) for leaf in slots]
     extra, extra_structure = jax.tree.flatten(extra_args)
     arrays = [leaf for leaf in extra if _is_array(leaf)]
 
@@ -147,6 +151,14 @@ def _step(
             raise MixesRowsError(
                 f"what is {np.shape(leaf.array)} for {leaf.name} becomes {after.shape}"
             )
+    of_weights, of_slots = (
+        [each.row_axes for each in part] for part in (weights, slots)
+    )
+    program = flat_program(
+        program,
+        [*of_weights, *of_slots, *of_weights, *([()] * len(arrays))],
+        [*of_weights, *of_slots],
+    )
     results = runner.run(program, list(itertools.chain(*operands)))
     new_updates, new_slots = results[: len(weights)], results[len(weights) :]
     return (
@@ -174,11 +186,13 @@ def _gradients_and_weights(
         if not is_slices(gradient):
             gradients.append(Whole(gradient))
             continue
-        num_rows = len(weights[i].array)
+        axes = row_axes(np.shape(weights[i].array), gradient) or ()
+        num_rows = math.prod(axes)
         ids, rows = sum_duplicates(gradient.ids, gradient.rows, num_rows)
         table = Table(weights[i].name, num_rows, ids)
         gradients.append(Rows(rows, table, ZERO))
-        weights[i] = weights[i]._replace(owner=table)
+        stack = axes if len(axes) > 1 else ()
+        weights[i] = weights[i]._replace(owner=table, row_axes=stack)
     return gradients, weights
 
 
@@ -198,9 +212,11 @@ def _slots(
 
 def _whole_type(value: Value, whole: Any) -> Any:
     """The type of what a value is in the whole step."""
-    if not isinstance(value, Rows):
-        return jax.typeof(value.at(None))
+    if isinstance(value, Whole):
+        return jax.typeof(value.array)
     whole_type = jax.typeof(whole)
+    if isinstance(value, Pending):
+        return whole_type
     # Rows vary over devices as ids do, so this is not the type of what is whole.
     return jax.typeof(value.array).update(
         shape=whole_type.shape, sharding=whole_type.sharding
@@ -238,9 +254,7 @@ def _check_slices(updates: optax.Updates, params: optax.Params | None) -> None:
         jax.tree.leaves(params),
         strict=True,
     ):
-        if is_slices(slices) and (
-            np.ndim(table) == 0 or np.shape(table)[1:] != slices.row_shape
-        ):
+        if is_slices(slices) and row_axes(np.shape(table), slices) is None:
             raise ValueError(
                 f"gradients{keystr(path)} has rows of shape {slices.row_shape}, but "
                 f"its parameter of shape {np.shape(table)} is no table of such rows."

@@ -1,13 +1,12 @@
-"""Lookups: the equations that take some rows of a table, and which rows they take.
+"""Lookups: which rows of a table are taken, and what is made of them.
 
-All are read as a gather. Its row axes are the first axes of the table: one, or more if
-the table is a stack of tables that are looked up side by side, as `jax.vmap` does it.
-A row id then counts through all of them.
+Every lookup is described as a gather (`reading.py` says which). Its row axes are the
+first axes of the table: one, or more if the table is a stack of tables that are looked
+up side by side, as `jax.vmap` does it. A row id then counts through all of them.
 """
 
 import functools
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.lax import GatherDimensionNumbers, GatherScatterMode
-
-from monolith_optax._rows.jaxprs import Equation, bind, type_of
 
 
 @dataclass(frozen=True)
@@ -73,11 +70,13 @@ class Lookup:
 
         Those that are not are the ids of other rows; all are if there is None.
         """
-        indices = _wide(indices)
-        ids: Any = 0
-        for axis in range(self.row_axes):
+        indices = wide(indices)
+        ids = self._along(0, indices)
+        for axis in range(1, self.row_axes):
             ids = ids * self.shape[axis] + self._along(axis, indices)
-        ids = jnp.broadcast_to(ids, self.batch + self.windows).reshape(self.ids_shape)
+        if ids.shape != self.ids_shape:
+            ids = jnp.broadcast_to(ids, self.batch + self.windows)
+            ids = ids.reshape(self.ids_shape)
         if self.mode == GatherScatterMode.CLIP:
             return ids, None
         inside = [
@@ -99,6 +98,8 @@ class Lookup:
         if axis in self.numbers.start_index_map:
             start = self._clipped(axis, start)
         start = jnp.asarray(start, self.ids_dtype)
+        if self.windows == (1,):
+            return start
         return start.reshape(start.shape + (1,) * self.row_axes) + window
 
     def _clipped(self, axis: int, start: jax.Array) -> jax.Array:
@@ -155,7 +156,7 @@ class Lookup:
         """Some columns of the rows: the gather again, with rows as they come."""
         batch = len(self.batch)
         columns = range(self.row_axes, len(self.shape))
-        starts = {axis: self._start(axis, _wide(indices)) for axis in columns}
+        starts = {axis: self._start(axis, wide(indices)) for axis in columns}
         axes = [axis for axis, start in starts.items() if start is not None]
         along_batch = [jnp.broadcast_to(starts[axis], self.batch) for axis in axes]
         numbers = GatherDimensionNumbers(
@@ -178,105 +179,10 @@ class Lookup:
         return result
 
 
-def lookup(equation: Equation) -> Lookup | str:
-    """How an equation looks up its first operand, or why it does not.
-
-    The reason continues a sentence that begins with the table.
-    """
-    name = str(equation.primitive.name)
-    shape = type_of(equation.invars[0]).shape
-    if name == "gather":
-        return _of_gather(equation, shape)
-    if name == "dynamic_slice":
-        sizes = equation.params["slice_sizes"]
-        axes = tuple(range(len(shape)))
-        numbers = GatherDimensionNumbers(axes, (), axes)
-        batch: tuple[int, ...] = ()
-    else:  # a slice, whose columns come after it
-        sizes = (1, *shape[1:])
-        numbers = GatherDimensionNumbers(tuple(range(1, len(shape))), (0,), (0,))
-        batch = (len(_slice_rows(equation)),)
-    if (batch or sizes)[0] == shape[0] != 1:
-        return "has all of its rows taken"
-    return Lookup(shape, batch, numbers, sizes, GatherScatterMode.CLIP, None, 1)
-
-
-def indices_of(equation: Equation, operands: Sequence[Any]) -> Any:
-    """The indices of what is taken, in the form of a gather's.
-
-    Args:
-      equation: the lookup.
-      operands: those of its operands that come after the table.
-    """
-    name = equation.primitive.name
-    if name == "gather":
-        return operands[0]
-    if name == "dynamic_slice":
-        return jnp.stack(list(map(_wide, operands)))
-    return np.asarray(_slice_rows(equation), np.int32)[:, None]
-
-
-def sliced_columns(equation: Equation, rows: jax.Array) -> jax.Array:
-    """The columns that a slice takes, of rows that are taken already."""
-    start, limit = equation.params["start_indices"], equation.params["limit_indices"]
-    strides = equation.params["strides"]
-    columns: jax.Array = bind(
-        equation,
-        [rows],
-        start_indices=(0, *start[1:]),
-        limit_indices=(len(rows), *limit[1:]),
-        strides=strides and (1, *strides[1:]),
-    )[0]
-    return columns
-
-
-def _slice_rows(equation: Equation) -> range:
-    start, limit = equation.params["start_indices"], equation.params["limit_indices"]
-    return range(start[0], limit[0], (equation.params["strides"] or [1])[0])
-
-
-def _of_gather(equation: Equation, shape: tuple[int, ...]) -> Lookup | str:
-    numbers, sizes = (
-        equation.params["dimension_numbers"],
-        equation.params["slice_sizes"],
-    )
-    if equation.params["mode"] not in _MODES or not numbers.start_index_map:
-        return "is looked up in a way that is not known"
-    rows = min(numbers.start_index_map)
-    if rows == 0 and sizes[0] == shape[0] != 1:
-        return "has all of its rows taken"
-    if any(
-        axis not in numbers.operand_batching_dims
-        and (sizes[axis] != shape[axis] or rows + 1 == len(shape))
-        for axis in range(rows)
-    ):
-        return "has a part of each of its rows taken"
-    fill = equation.params["fill_value"]
-    if fill is None:
-        fill = _default_fill(type_of(equation.outvars[0]).dtype)
-    return Lookup(
-        shape,
-        type_of(equation.invars[1]).shape[:-1],
-        numbers,
-        tuple(sizes),
-        equation.params["mode"],
-        fill,
-        rows + 1,
-    )
-
-
-def _wide(indices: Any) -> jax.Array:
+def wide(indices: Any) -> jax.Array:
     """Indices in a dtype that holds every size."""
     array: jax.Array = jnp.asarray(indices)
     return array if array.dtype.itemsize >= 4 else array.astype(jnp.int32)
-
-
-def _default_fill(dtype: Any) -> Any:
-    """What JAX takes for entries outside of an array."""
-    if jnp.issubdtype(dtype, jnp.integer):
-        unsigned = jnp.issubdtype(dtype, jnp.unsignedinteger)
-        return np.iinfo(dtype).max if unsigned else np.iinfo(dtype).min
-    return True if dtype == jnp.bool_ else jnp.nan
 
 
 def fetched(table: jax.Array, ids: jax.Array, row_axes: int) -> jax.Array:
@@ -297,10 +203,3 @@ def fetched(table: jax.Array, ids: jax.Array, row_axes: int) -> jax.Array:
         mode=GatherScatterMode.PROMISE_IN_BOUNDS,
     )
     return rows
-
-
-_MODES = (
-    GatherScatterMode.CLIP,
-    GatherScatterMode.FILL_OR_DROP,
-    GatherScatterMode.PROMISE_IN_BOUNDS,
-)

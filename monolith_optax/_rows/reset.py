@@ -75,7 +75,11 @@ def reset_rows(
         if ids is not None and weights[i] is not None:
             tables[i] = _table(names[i], weights[i], ids)
             news[i] = _new_rows(tables[i], weights[i], starts[i])
-    slots = _slots(tx, weights, structure, state, tables, news)
+    try:
+        slots = _slots(tx, weights, structure, state, tables, news)
+    except MixesRowsError as error:
+        error.needed_by, error.way_out = "reset_rows", "Begin with a new state"
+        raise
     for i, table in tables.items():
         weights[i] = _written(weights[i], table, news[i])
     return jax.tree.unflatten(structure, weights), slots

@@ -1,5 +1,6 @@
 """RowSlices: a few rows of a table, named by their ids."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -24,6 +25,10 @@ class RowSlices:
     add up. Ids outside the table, negative ones included, are padding: their rows may
     hold anything and count for nothing. Sums are taken in float32, or in the dtype of
     the rows or the table if that is wider, and are rounded once.
+
+    A parameter may also be a stack of tables, such as one of shape
+    `(tables, num_rows, columns)` for rows of shape `(columns,)`. Ids then count through
+    all rows of the stack.
 
     It is a pytree of ids and rows that can go wherever JAX takes a pytree. Its ids are
     not numbers there: JAX raises an error that names them where a function that maps
@@ -108,10 +113,14 @@ class RowSlices:
         """The slices with rows of another dtype."""
         return self.with_rows(self.rows.astype(dtype))
 
-    def to_dense(self, num_rows: int) -> jax.Array:
-        """The table of `num_rows` rows that the slices stand for."""
+    def to_dense(self, num_rows: int | tuple[int, ...]) -> jax.Array:
+        """The table of `num_rows` rows that the slices stand for.
+
+        A stack of tables has a tuple of numbers, such as `(tables, rows)`.
+        """
         wide = at_least_float32(self.rows.dtype)
-        table: jax.Array = jnp.zeros((num_rows, *self.row_shape), wide) + self
+        axes = num_rows if isinstance(num_rows, tuple) else (num_rows,)
+        table: jax.Array = jnp.zeros((*axes, *self.row_shape), wide) + self
         return table.astype(self.rows.dtype)
 
     @staticmethod
@@ -138,7 +147,7 @@ class RowSlices:
         if isinstance(other, RowSlices):
             return RowSlices.concatenate([self, other])
         table = jnp.asarray(other)
-        if table.ndim == 0 or table.shape[1:] != self.row_shape:
+        if (axes := row_axes(table.shape, self)) is None:
             raise ValueError(
                 f"Rows of shape {self.row_shape} cannot be added to a table of shape "
                 f"{table.shape}."
@@ -148,7 +157,8 @@ class RowSlices:
                 f"Rows of {self.rows.dtype} cannot be added to a table of "
                 f"{table.dtype}: it must have a floating-point dtype."
             )
-        return add_rows(table, self.ids, self.rows)
+        total = add_rows(flattened(table, axes), self.ids, self.rows)
+        return total.reshape(table.shape)
 
     __radd__ = __add__
 
@@ -215,6 +225,27 @@ class RowSlices:
 def is_slices(node: Any) -> bool:
     """Whether a node of a tree is a `RowSlices`."""
     return isinstance(node, RowSlices)
+
+
+def row_axes(shape: tuple[int, ...], slices: RowSlices) -> tuple[int, ...] | None:
+    """The first axes of a parameter, of which slices are rows; None if they are not.
+
+    There are several if the parameter is a stack of tables. Numbers are not looked for
+    in stacks, since slices of numbers for a table of longer rows are a mistake.
+    """
+    row_shape = slices.row_shape
+    count = len(shape) - len(row_shape)
+    is_stack = count > 1 and len(row_shape) > 0
+    if shape[count:] != row_shape or not (count == 1 or is_stack):
+        return None
+    return shape[:count]
+
+
+def flattened(array: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """A stack as one table: its first axes become one."""
+    if len(axes) < 2:
+        return array
+    return array.reshape(math.prod(axes), *array.shape[len(axes) :])
 
 
 def _check(slices: RowSlices) -> None:

@@ -1,5 +1,6 @@
 """Which table a leaf of an optimizer's state belongs to."""
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -7,6 +8,7 @@ import numpy as np
 import optax
 
 from monolith_optax._rows.program import Runner
+from monolith_optax._rows.slices import flattened
 from monolith_optax._rows.tables import Table
 from monolith_optax._rows.values import MixesRowsError, Rows, Value, Whole
 
@@ -65,7 +67,7 @@ def owners(
             state,
             tables,
             params,
-            transform_non_params=lambda _: ANYBODY,
+            transform_non_params=lambda node: jax.tree.map(lambda _: ANYBODY, node),
             is_leaf=lambda node: isinstance(node, optax.MaskedNode),
         )
     except Exception:  # an init that does not take optax's placeholders may raise any
@@ -80,19 +82,34 @@ class Leaf(NamedTuple):
       array: what it holds.
       name: its path.
       owner: the table whose rows it has, WHOLE or ANYBODY.
+      row_axes: its first axes, if they all are rows of a stack of tables.
     """
 
     array: Any
     name: str
     owner: Any
+    row_axes: tuple[int, ...] = ()
+
+    @property
+    def flat(self) -> Any:
+        """What it holds, of a stack of tables as of one table."""
+        return flattened(self.array, self.row_axes)
+
+    def of_a_stack(self, stacks: Iterable[tuple[int, ...]]) -> "Leaf":
+        """The leaf with its first axes as rows, where they are those of a stack."""
+        if self.owner is WHOLE:
+            return self
+        shape = np.shape(self.array)
+        found = [axes for axes in stacks if shape[: len(axes)] == axes]
+        return self._replace(row_axes=found[0]) if found else self
 
     def value(self, runner: Runner) -> Value:
         """What a program sees of it."""
         if isinstance(self.owner, Table):
-            return Rows(self.owner.gather(self.array), self.owner)
+            return Rows(self.owner.gather(self.flat), self.owner)
         if self.owner is WHOLE:
             return Whole(self.array)
-        return runner.slot(self.array, self.name)
+        return runner.slot(self.flat, self.name)
 
     def written(self, new: Value, old: Value, runner: Runner) -> Any:
         """The leaf after a step that has made one value of another."""
@@ -103,7 +120,8 @@ class Leaf(NamedTuple):
             owner = new.table if isinstance(new, Rows) else runner.owner(self.name)
         if not isinstance(owner, Table):
             return self.all(new)
-        return owner.scatter(self.array, self._replace(owner=owner).rows(new))
+        rows = self._replace(owner=owner).rows(new)
+        return owner.scatter(self.flat, rows).reshape(np.shape(self.array))
 
     def rows(self, value: Value) -> jax.Array:
         """Rows for the table that the leaf belongs to."""
@@ -115,4 +133,5 @@ class Leaf(NamedTuple):
         """All of an array, for a leaf that is no table's."""
         if isinstance(value, Rows):
             raise MixesRowsError(f"{self.name} depends on rows of {value.table.name}")
-        return value.at(None)
+        array = value.at(None)
+        return array.reshape(np.shape(self.array)) if self.row_axes else array

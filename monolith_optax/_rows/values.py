@@ -18,12 +18,14 @@ class MixesRowsError(ValueError):
         super().__init__(what)
         # The equation that does it, and the calls that lead to it.
         self.equations = [] if equation is None else [equation]
+        # Who needs the rows, and what works without: reset_rows has its own.
+        self.needed_by, self.way_out = "lazy_rows", "Step on it densely"
 
     def __str__(self) -> str:
         what = [source_line(*self.equations)] if self.equations else []
         return (
-            "lazy_rows needs an optimizer that treats each row by itself, but in this "
-            f"one {' '.join([*what, *self.args])}. Step on it densely, or give its "
+            f"{self.needed_by} needs an optimizer that treats each row by itself, but "
+            f"in this one {' '.join([*what, *self.args])}. {self.way_out}, or give its "
             "tables to another optimizer with optax.partition."
         )
 

@@ -2,8 +2,8 @@
 
 `import_slots` and `export_slots` convert between a mapping from TensorFlow's names to
 arrays and `(params, state)`; `read_tensorflow` and `write_tensorflow` convert between
-such a mapping and TensorFlow's files. `python -m monolith_optax.checkpoint` shows and
-converts these files.
+such a mapping and TensorFlow's files, and only writing needs TensorFlow.
+`monolith-checkpoint` shows and converts these files.
 `hash_tables`, `read_hash_table` and `write_hash_table` handle the hash tables beside
 such a checkpoint, and need no TensorFlow; `import_hash_tables` and `export_hash_tables`
 move them into `(params, state)` and back.
@@ -22,15 +22,19 @@ from monolith_optax.checkpoint._list_hash_tables import hash_tables as hash_tabl
 from monolith_optax.checkpoint._read_hash_table import (
     read_hash_table as read_hash_table,
 )
-from monolith_optax.checkpoint._slots import export_slots as export_slots
-from monolith_optax.checkpoint._slots import import_slots as import_slots
-from monolith_optax.checkpoint._tensorflow import (
+from monolith_optax.checkpoint._read_tensorflow import (
     TensorFlowCheckpoint as TensorFlowCheckpoint,
 )
-from monolith_optax.checkpoint._tensorflow import read_tensorflow as read_tensorflow
-from monolith_optax.checkpoint._tensorflow import write_tensorflow as write_tensorflow
+from monolith_optax.checkpoint._read_tensorflow import (
+    read_tensorflow as read_tensorflow,
+)
+from monolith_optax.checkpoint._slots import export_slots as export_slots
+from monolith_optax.checkpoint._slots import import_slots as import_slots
 from monolith_optax.checkpoint._write_hash_table import (
     write_hash_table as write_hash_table,
+)
+from monolith_optax.checkpoint._write_tensorflow import (
+    write_tensorflow as write_tensorflow,
 )
 
 __all__ = [

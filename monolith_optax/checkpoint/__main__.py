@@ -1,4 +1,4 @@
-"""The command line: `python -m monolith_optax.checkpoint show|convert`."""
+"""The command line of checkpoints: `monolith-checkpoint --help`."""
 
 import argparse
 import json
@@ -9,57 +9,83 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
+import monolith_optax
+from monolith_optax import _console
 from monolith_optax.checkpoint._list_hash_tables import hash_tables
-from monolith_optax.checkpoint._tensorflow import read_tensorflow, write_tensorflow
+from monolith_optax.checkpoint._read_tensorflow import read_tensorflow
+from monolith_optax.checkpoint._write_tensorflow import write_tensorflow
 
-# The same as those of the node checker; argparse exits with 2 for bad usage.
-DONE, FAILED, INTERRUPTED = 0, 3, 130
+EXIT_STATUS = (
+    "Exit status: 0 done, 2 bad usage, 3 failure, 130 interrupted, 143 terminated."
+)
+
+
+def program() -> NoReturn:
+    """Runs the command line as a program."""
+    _console.program(main)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit status."""
-    args = _parser().parse_args(argv)
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # no start-up messages
-    try:
-        if args.command == "show":
-            show(args.prefix, as_json=args.json)
-        else:
-            convert(args.source, args.target)
-    except (OSError, ValueError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return FAILED
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    return DONE
+    parser = _parser()
+    failures = OSError, ValueError, ImportError
+    return _console.status_of(
+        parser.prog, lambda: _run(parser, argv), failures=failures
+    )
+
+
+def _run(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
+    args = parser.parse_args(argv)
+    if args.command == "show":
+        show(args.prefix, as_json=args.json, quiet=args.quiet)
+    else:
+        convert(args.source, args.target, quiet=args.quiet)
+    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument(
+        "--quiet", action="store_true", help="print nothing: the exit status tells"
+    )
     parser = argparse.ArgumentParser(
-        prog="python -m monolith_optax.checkpoint",
+        prog="monolith-checkpoint",
         description="Shows and converts TensorFlow checkpoints, and shows Monolith's "
-        "hash tables. Needs pip install 'monolith_optax[tf]', or "
-        "'monolith_optax[hash-tables]' for hash tables.",
-        epilog="Exit status: 0 done, 2 bad usage, 3 failure.",
+        "hash tables. Needs pip install 'monolith_optax[hash-tables]' to show, and "
+        "'monolith_optax[tf]' to convert.",
+        epilog=EXIT_STATUS,
+    )
+    parser.add_argument(
+        "--version",
+        action="version",
+        version=f"monolith_optax {monolith_optax.__version__}",
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    lister = commands.add_parser("show", help="list variables, slots and hash tables")
+    lister = commands.add_parser(
+        "show",
+        parents=[common],
+        help="list variables, slots and hash tables",
+        epilog=EXIT_STATUS,
+    )
     lister.add_argument(
         "prefix",
         metavar="PREFIX",
         help="the index file without '.index', such as model/model.ckpt-6; or the "
-        "folder model/model.ckpt-6.assets, for hash tables only, without TensorFlow",
+        "folder model/model.ckpt-6.assets, for hash tables only",
     )
     lister.add_argument("--json", action="store_true", help="print a JSON array")
     converter = commands.add_parser(
         "convert",
+        parents=[common],
         help="convert a checkpoint to one that Orbax can restore, or back",
         description="Converts a TensorFlow checkpoint to an Orbax checkpoint, which "
         "holds one dictionary from TensorFlow's names to arrays. If SOURCE is the "
         "folder of such an Orbax checkpoint, converts it back.",
+        epilog=EXIT_STATUS,
     )
     converter.add_argument(
         "source", metavar="SOURCE", help="a prefix, or an Orbax checkpoint's folder"
@@ -70,11 +96,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def show(path: str, *, as_json: bool) -> None:
+def show(path: str, *, as_json: bool, quiet: bool) -> None:
     """Prints the variables and the hash tables of a checkpoint."""
     of_tables, is_prefix = _assets(path), not Path(path).is_dir()
     variables = _variables(path) if is_prefix or of_tables is None else []
-    tables = _tables(of_tables) if of_tables else []
+    tables = _tables(of_tables, quiet=quiet) if of_tables else []
+    if quiet:
+        return
     if as_json:
         print(json.dumps([*variables, *tables], indent=1))
         return
@@ -103,9 +131,9 @@ def _variables(prefix: str) -> list[dict[str, Any]]:
     ]
 
 
-def _tables(folder: Path) -> list[dict[str, Any]]:
+def _tables(folder: Path, *, quiet: bool) -> list[dict[str, Any]]:
     size = sum(file.stat().st_size for file in folder.glob("Monolith*HashTable_*"))
-    with _progress(size) as on_bytes:
+    with _progress(size, quiet=quiet) as on_bytes:
         tables = hash_tables(folder, on_bytes=on_bytes)
     return [
         {
@@ -123,9 +151,9 @@ def _tables(folder: Path) -> list[dict[str, Any]]:
 
 
 @contextmanager
-def _progress(size: int) -> Iterator[Callable[[int], object] | None]:
+def _progress(size: int, *, quiet: bool) -> Iterator[Callable[[int], object] | None]:
     """A progress bar of so many bytes, for a person who looks at it."""
-    if not sys.stderr.isatty():
+    if quiet or not _console.is_capable_terminal(sys.stderr):
         yield None
         return
     from tqdm import tqdm
@@ -150,8 +178,7 @@ def _cell(name: str, value: Any) -> str:
         return " ".join(f"{optimizer}:{dim or '?'}" for optimizer, dim in value)
     if name == "last_update" and 0 < value < 2**32:
         return datetime.fromtimestamp(value, UTC).isoformat()
-    text = str(value)
-    return text if text.isprintable() else ascii(text)
+    return _console.printable(str(value))
 
 
 def _is_slot(name: str, names: Mapping[str, Any]) -> bool:
@@ -159,7 +186,7 @@ def _is_slot(name: str, names: Mapping[str, Any]) -> bool:
     return match is not None and match[1] in names
 
 
-def convert(source: str, target: str) -> None:
+def convert(source: str, target: str, *, quiet: bool) -> None:
     """Converts a TensorFlow checkpoint to an Orbax checkpoint, or back."""
     to_tensorflow = Path(source).is_dir()
     if found := sorted(Path(source).glob("*.index")):
@@ -178,6 +205,7 @@ def convert(source: str, target: str) -> None:
         ) from error
     with ocp.StandardCheckpointer() as checkpointer:
         if to_tensorflow:
+            os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # no start-up messages
             write_tensorflow(target, _tensors_in(checkpointer, source))
         else:
             tensors = dict(read_tensorflow(source))
@@ -190,7 +218,8 @@ def convert(source: str, target: str) -> None:
                 )
             checkpointer.save(Path(target).absolute(), tensors)
             checkpointer.wait_until_finished()
-    print(f"Wrote {target}")
+    if not quiet:
+        print(f"Wrote {_console.printable(target)}")
 
 
 def _tensors_in(checkpointer: Any, folder: str) -> dict[str, np.ndarray]:
@@ -207,4 +236,4 @@ def _tensors_in(checkpointer: Any, folder: str) -> dict[str, np.ndarray]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program()

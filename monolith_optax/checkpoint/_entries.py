@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import AbstractMesh, get_abstract_mesh
 
 from monolith_optax._leaves import describe, dtype_of
 
@@ -164,7 +165,21 @@ def handed_over(value: np.ndarray, leaf: Any) -> Any:
     if isinstance(leaf, np.ndarray | np.generic):
         return value
     committed = getattr(leaf, "committed", True)
-    return jax.device_put(value, getattr(leaf, "sharding", None) if committed else None)
+    sharding = getattr(leaf, "sharding", None) if committed else None
+    return jax.device_put(value, _with_devices(sharding))
+
+
+def _with_devices(sharding: Any) -> Any:
+    """The sharding, on the devices of the current mesh if its own mesh has none."""
+    if not isinstance(getattr(sharding, "mesh", None), AbstractMesh):
+        return sharding
+    if sharding.mesh != get_abstract_mesh():
+        raise ValueError(
+            f"A leaf of params or state has the sharding {sharding}, whose mesh has no "
+            "devices: import inside `with jax.set_mesh(mesh)`, or give leaves whose "
+            "shardings have devices."
+        )
+    return sharding.spec
 
 
 def _check_scalar(name: str, leaf: Any) -> None:

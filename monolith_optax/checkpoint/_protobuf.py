@@ -1,10 +1,12 @@
-"""The wire format of protocol buffers, as far as hash tables use it."""
+"""The wire format of protocol buffers, as far as checkpoints use it."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5  # the wire types in use
+
+_LAST_FIELD, _64_BITS = 2**29 - 1, 2**64 - 1
 
 
 class MalformedError(ValueError):
@@ -44,8 +46,10 @@ def fields(data: bytes, start: int, stop: int) -> Iterator[tuple[int, int, int, 
             start += 4 if wire == FIXED32 else 8
         else:
             raise MalformedError(f"has a field of wire type {wire}.")
-        if number == 0 or start > stop:
-            raise MalformedError("ends within a field, or has a field of number 0.")
+        if not 0 < number <= _LAST_FIELD:
+            raise MalformedError(f"has a field of number {number}.")
+        if start > stop:
+            raise MalformedError("ends within a field.")
         yield number, wire, first, start
 
 
@@ -55,7 +59,7 @@ def varint(data: bytes, start: int, stop: int) -> tuple[int, int]:
     for at in range(start, min(stop, start + 10)):
         value |= (data[at] & 0x7F) << 7 * (at - start)
         if data[at] < 0x80:
-            return value, at + 1
+            return value & _64_BITS, at + 1  # ten bytes have room for 70
     raise MalformedError("has an integer without an end.")
 
 

@@ -19,6 +19,7 @@ from monolith_optax.checkpoint._entries import (
     Shared,
     Tensor,
 )
+from monolith_optax.checkpoint._paths import check_leaves, path_of
 
 VariableNames: TypeAlias = Callable[[str], str] | Mapping[str, str] | None
 
@@ -52,8 +53,8 @@ def import_slots(
 
     Args:
       tensors: arrays by TensorFlow's names, as `read_tensorflow` returns them: a
-        variable `VAR`, its slots `VAR/Adamom/m`, `/v` and `/c`, or `VAR/Rmsprop/m`
-        and `/v`, and `global_step`.
+        variable `VAR`, its slots `VAR/Adamom/m`, `/v` and `/c`, `VAR/Rmsprop/m` and
+        `/v`, or `VAR/Shampoo/s0` and so on, and `global_step`.
       params: parameters of the shapes, dtypes and shardings you want. Arrays, or the
         shapes that `jax.eval_shape` returns, which take no memory.
       state: a state of the optimizer for these parameters, or its shapes if nothing
@@ -71,7 +72,8 @@ def import_slots(
     Raises:
       ValueError: tensors are missing, left over, or of another shape or dtype (all
         are listed by name), or a slot that the state keeps as one number (`compact_c`)
-        is not uniform, or `state` contains no state of an optimizer of this package.
+        is not uniform, or `state` contains no state of an optimizer of this package,
+        or JAX traces a leaf, or a sharding has neither devices nor the current mesh.
 
     Example:
       >>> import jax.numpy as jnp
@@ -134,7 +136,7 @@ def export_slots(
 
     Raises:
       ValueError: `state` contains no state of an optimizer of this package, two leaves
-        have the same name, or counts of steps differ.
+        have the same name, counts of steps differ, or JAX traces a leaf.
 
     Example:
       >>> import jax.numpy as jnp
@@ -166,6 +168,7 @@ def _entries(
     variable_names: VariableNames,
 ) -> list[Entry]:
     """The entry of each leaf of `(params, state)`."""
+    check_leaves(params, state)
     shapes = {
         path_of(path): np.shape(leaf)
         for path, leaf in jax.tree.leaves_with_path(params)
@@ -216,6 +219,7 @@ def _entries_of(
 ) -> Any:
     """The entry of each leaf of one optimizer's own state."""
     slots = {field: getattr(state, field) for field in state._fields[1:]}
+    axes = slots.pop("axes", None)  # shampoo's slots by their names, or a number
     full = [tree for tree in slots.values() if not _is_scalar(tree)]
     like_params = full[0] if full else next(iter(slots.values()), ())
     paths = [path_of(path) for path, _ in jax.tree.leaves_with_path(like_params)]
@@ -226,14 +230,21 @@ def _entries_of(
         )
 
     def tensors(slot: str, tree: Any) -> Any:
-        if full and _is_scalar(tree):
-            names = {f"{variable(p)}/{optimizer}/{slot}": shapes[p] for p in paths}
-            return Shared(names)
         return jax.tree.map_with_path(
             lambda p, _: Tensor(f"{variable(path_of(p))}/{optimizer}/{slot}"), tree
         )
 
-    entries = {slot: tensors(slot, tree) for slot, tree in slots.items()}
+    def of_slot(slot: str, tree: Any) -> Any:
+        if full and _is_scalar(tree):
+            names = {f"{variable(p)}/{optimizer}/{slot}": shapes[p] for p in paths}
+            return Shared(names)
+        return tensors(slot, tree)
+
+    entries = {slot: of_slot(slot, tree) for slot, tree in slots.items()}
+    if isinstance(axes, dict):
+        entries["axes"] = {slot: tensors(slot, tree) for slot, tree in axes.items()}
+    elif axes is not None:
+        entries["axes"] = Kept(".axes")
     return state._replace(count=Count(), **entries)
 
 
@@ -269,10 +280,6 @@ def _variable_namer(names: VariableNames, paths: list[str]) -> Callable[[str], s
 def _is_scalar(tree: Any) -> bool:
     """Whether a slot is one number for all parameters."""
     return is_leaf(tree) and np.shape(tree) == ()
-
-
-def path_of(path: Any) -> str:
-    return keystr(path, simple=True, separator="/")
 
 
 def is_ours(node: Any) -> bool:

@@ -17,7 +17,7 @@ _FILE = re.compile(
 )
 _SERVER = re.compile(r"(?P<name>.+)_(?P<server>0|[1-9]\d{0,8})", re.DOTALL)
 _COUNT = re.compile(
-    rb'\s*feature_counts\s*{\s*key:\s*"((?:[^"\\]|\\.)*)"\s*value:\s*(\d+)\s*}'
+    rb'\s*feature_counts\s*{\s*key:\s*"((?:[^"\\]|\\.)*)"\s*value:\s*(\d{1,19})\s*}'
 )
 
 OnBytes = Callable[[int], object] | None

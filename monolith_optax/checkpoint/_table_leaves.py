@@ -11,8 +11,9 @@ from jax.tree_util import keystr
 
 from monolith_optax import embedding
 from monolith_optax._leaves import describe, dtype_of
+from monolith_optax.checkpoint._paths import check_leaves, path_of
 from monolith_optax.checkpoint._segments import KINDS, PER_WEIGHT, STEP
-from monolith_optax.checkpoint._slots import is_ours, path_of
+from monolith_optax.checkpoint._slots import is_ours
 
 # For each table the paths of its segments' leaves, in order, with their optimizers.
 Leaves: TypeAlias = Mapping[str, Mapping[str, str]]
@@ -52,6 +53,7 @@ def parts_of(
     Raises:
       ValueError: a leaf is missing or cannot be the segment that it is said to be.
     """
+    check_leaves(params, state)
     uses = Counter(path for paths in leaves.values() for path in paths)
     if twice := [path for path, times in uses.items() if times > 1]:
         raise ValueError(

@@ -12,6 +12,8 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from monolith_optax.checkpoint._checksum import crc32c, masked
+
 _PIECE = 2**23
 _HEADER = 12  # the length and its checksum
 _FRAME = _HEADER + 4
@@ -62,6 +64,8 @@ def read_records(
     Raises:
       ValueError: the file is damaged.
     """
+    if not path.is_file():  # opening a pipe would wait for its writer
+        raise ValueError(f"{path} is not a file.")
     size = path.stat().st_size
     with path.open("rb") as file:
         scan = _Scan(path)
@@ -88,7 +92,7 @@ class _Scan:
 
     def __init__(self, path: Path) -> None:
         self.path, self.count = path, 0
-        self._crc = _crc32c()
+        self._crc = crc32c()
         self._lengths: dict[bytes, int] = {}  # by headers that have been checked
 
     def __call__(self, data: bytes, behind: int) -> tuple[Records, int]:
@@ -124,7 +128,7 @@ class _Scan:
         return records, ends[-1]
 
     def _length(self, header: bytes, number: int) -> int:
-        if _masked(self._crc(header[:8])) != int.from_bytes(header[8:], "little"):
+        if masked(self._crc(header[:8])) != int.from_bytes(header[8:], "little"):
             raise ValueError(
                 f"{self.path}: the checksum of the length of record {number} is wrong."
             )
@@ -137,7 +141,7 @@ class _Scan:
         ends = records.starts + records.lengths
         at = ends[:, None] + np.arange(4)
         stored = np.frombuffer(records.data, np.uint8)[at].view("<u4")[:, 0]
-        wrong = np.flatnonzero(stored != _masked(np.array(crcs, np.uint64)))
+        wrong = np.flatnonzero(stored != masked(np.array(crcs, np.uint64)))
         if len(wrong):
             raise ValueError(
                 f"{self.path}: the checksum of record {self.count + wrong[0]} is wrong."
@@ -146,14 +150,14 @@ class _Scan:
 
 def framed(records: np.ndarray) -> np.ndarray:
     """Records of one length, uint8 of (n, length), as they are in a file."""
-    crc, (count, length) = _crc32c(), records.shape
+    crc, (count, length) = crc32c(), records.shape
     out = np.empty((count, length + _FRAME), np.uint8)
     header = length.to_bytes(8, "little")
-    header += _masked(crc(header)).to_bytes(4, "little")
+    header += masked(crc(header)).to_bytes(4, "little")
     out[:, :_HEADER] = np.frombuffer(header, np.uint8)
     out[:, _HEADER:-4] = records
     crcs = np.array([crc(record.tobytes()) for record in records], np.uint64)
-    out[:, -4:] = _masked(crcs).astype("<u4")[:, None].view(np.uint8)
+    out[:, -4:] = masked(crcs).astype("<u4")[:, None].view(np.uint8)
     return out
 
 
@@ -196,30 +200,12 @@ def _blocks(file: BinaryIO, path: Path, size: int) -> Iterator[bytes]:
     yield b"".join(blocks)
 
 
-def _masked(crc: Any) -> Any:
-    """The checksum as it is stored, of a CRC or of an array (uint64) of them."""
-    return (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF
-
-
-def _crc32c() -> Callable[[bytes], int]:
-    """The function for CRC32C."""
-    try:
-        import google_crc32c
-    except ImportError as error:
-        raise ImportError(_NEEDED) from error
-    value: Callable[[bytes], int] = google_crc32c.value
-    return value
-
-
 def _cramjam() -> Any:
     try:
         import cramjam
     except ImportError as error:
-        raise ImportError(_NEEDED) from error
+        raise ImportError(
+            "Hash tables need a package for Snappy: "
+            'pip install "monolith_optax[hash-tables]".'
+        ) from error
     return cramjam
-
-
-_NEEDED = (
-    "Hash tables need packages for CRC32C and Snappy: "
-    'pip install "monolith_optax[hash-tables]".'
-)

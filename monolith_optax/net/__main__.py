@@ -5,14 +5,12 @@ import asyncio
 import contextlib
 import math
 import os
-import signal
-import sys
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
 import monolith_optax
+from monolith_optax import _console
 from monolith_optax.net import _output
 from monolith_optax.net._cluster import (
     coordinator_addresses,
@@ -23,7 +21,7 @@ from monolith_optax.net._report import NodesDownError
 from monolith_optax.net._round import check_nodes
 from monolith_optax.net._watch import wait_for_nodes, watch_nodes
 
-ALL_UP, SOME_DOWN, BAD_USAGE, FAILED, INTERRUPTED, TERMINATED = 0, 1, 2, 3, 130, 143
+ALL_UP, SOME_DOWN = 0, 1  # the others are those of all command lines
 EXIT_STATUS = (
     "Exit status: 0 all nodes are up, 1 some are down, 2 bad usage, 3 the checker "
     "itself failed, 130 interrupted, 143 terminated."
@@ -32,44 +30,23 @@ EXIT_STATUS = (
 
 def program() -> NoReturn:
     """Runs the command line as a program."""
-    # Process 1 of a container ignores every signal that it has no handler for.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
-    if sys.stdout is not None:  # it is None if it was closed
-        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
-    sys.exit(main())
+    _console.program(main)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit status."""
     parser = _parser()
+    return _console.status_of(parser.prog, lambda: _run(parser, argv))
+
+
+def _run(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
+    args = parser.parse_args(argv)
     try:
-        args = parser.parse_args(argv)
-        try:
-            addresses = _addresses(args)
-        except (OSError, ValueError) as error:
-            parser.error(str(error))
-        command = _watch if args.command == "watch" else _check
-        status = asyncio.run(command(addresses, args))
-        if sys.stdout is not None:
-            sys.stdout.flush()
-    except OSError as error:
-        if not isinstance(error, BrokenPipeError):  # nobody reads the output
-            print(f"{parser.prog}: {error}", file=sys.stderr)
-        _discard_output()
-        return FAILED
-    except Exception:
-        # Python's own status for this, 1, would say that nodes are down.
-        traceback.print_exc()
-        return FAILED
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    return status
-
-
-def _discard_output() -> None:
-    """What could not be written would fail again when Python flushes it at exit."""
-    with contextlib.suppress(OSError):  # not a file
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        addresses = _addresses(args)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    command = _watch if args.command == "watch" else _check
+    return asyncio.run(command(addresses, args))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -6,8 +6,9 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any, TextIO
+from typing import Any
 
+from monolith_optax._console import is_capable_terminal, printable
 from monolith_optax.net._probe import NodeStatus
 from monolith_optax.net._report import NodeReport, Transition
 
@@ -21,9 +22,9 @@ def print_report(report: NodeReport, *, as_json: bool) -> None:
         for status in report.results:
             _print_json(_as_json(status))
         return
-    width = max(len(_printable(status.address)) for status in report.results)
+    width = max(len(printable(status.address)) for status in report.results)
     for status in report.results:
-        address = f"{_printable(status.address):{width}}"
+        address = f"{printable(status.address):{width}}"
         latency = f"{status.latency * 1e3:8.1f} ms"
         _print_line(address, _state(status), latency, _why(status))
     print(f"{len(report.alive)} of {len(report.results)} nodes are up")
@@ -36,13 +37,13 @@ def print_transition(transition: Transition, *, as_json: bool) -> None:
     if as_json:
         _print_json({"time": now} | _as_json(status))
     else:
-        _print_line(now, _printable(status.address), _state(status), _why(status))
+        _print_line(now, printable(status.address), _state(status), _why(status))
 
 
 @contextlib.contextmanager
 def progress() -> Iterator[Callable[[NodeReport], None]]:
     """Says on standard error how many nodes are up, on a terminal in a single line."""
-    one_line = _is_capable_terminal(sys.stderr)
+    one_line = is_capable_terminal(sys.stderr)
 
     def show(report: NodeReport) -> None:
         line = f"{len(report.alive)} of {len(report.results)} nodes are up"
@@ -61,19 +62,9 @@ def progress() -> Iterator[Callable[[NodeReport], None]]:
 def _state(status: NodeStatus) -> str:
     text, colour = ("up  ", _GREEN) if status.alive else ("DOWN", _RED)
     # https://no-color.org
-    if _is_capable_terminal(sys.stdout) and not os.environ.get("NO_COLOR"):
+    if is_capable_terminal(sys.stdout) and not os.environ.get("NO_COLOR"):
         return f"{colour}{text}{_PLAIN}"
     return text
-
-
-def _is_capable_terminal(stream: TextIO | None) -> bool:
-    # None: the stream was closed before the program started.
-    return stream is not None and stream.isatty() and os.environ.get("TERM") != "dumb"
-
-
-def _printable(text: str) -> str:
-    """Text without control characters, which a terminal might obey."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def _why(status: NodeStatus) -> str:

@@ -7,11 +7,24 @@ import numpy as np
 import optax
 import pytest
 from checkpoints import OPTIMIZERS, assert_same, gradients, tree, truth, zeros
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from registry import VARIANTS
 
-from monolith_optax import AdamomState, RowSlices, adamom, lazy_rows, rmsprop
-from monolith_optax.checkpoint import export_slots, import_slots
+from monolith_optax import (
+    AdamomState,
+    IdMap,
+    RowSlices,
+    adamom,
+    embedding,
+    lazy_rows,
+    rmsprop,
+)
+from monolith_optax.checkpoint import (
+    export_hash_tables,
+    export_slots,
+    import_hash_tables,
+    import_slots,
+)
 
 LABELS = {"mlp": "dense", "item_embedding": "table"}
 WRAPPERS = {
@@ -280,11 +293,11 @@ def test_every_optimizer_goes_out_and_in(name):
     params = tree(lambda name: jnp.asarray(truth("adamom", 6)[name]))
     tx = variant.make()
     state = tx.init(params)
-    for _ in range(2):  # some slots are 0 after the first
+    for _ in range(3):  # some slots are 0 after the first, or the second
         _, state = tx.update(params, state, params)
     tensors = export_slots(params, state)
     name = type(state).__name__.removesuffix("State")
-    for slot in state._fields[1:]:
+    for slot in variant.slots:
         assert tensors[f"item_embedding/{name}/{slot}"].any()
     restored = import_slots(tensors, zeros(), tx.init(zeros()))
     chex.assert_trees_all_equal(restored, (params, state))
@@ -295,3 +308,67 @@ def test_nothing_is_shared_with_what_is_exported():
     tensors = export_slots(params, adamom().init(params))
     params["w"][:] = 5
     np.testing.assert_array_equal(tensors["w"], np.ones(3))
+
+
+def test_paths_that_are_the_same_text():
+    """No `variable_names` tells such parameters apart."""
+    params = {"a/b": jnp.zeros(2), "a": {"b": jnp.zeros(2)}}
+    state = adamom().init(params)
+    for names in None, {"a/b": "c"}:
+        with pytest.raises(ValueError, match=r"rename a key") as info:
+            export_slots(params, state, variable_names=names)
+        assert "params['a']['b'] and params['a/b'] have" in str(info.value)
+        assert "Give variable_names" not in str(info.value)
+    table = {"a/b": jnp.zeros((4, 2)), "a": {"b": jnp.zeros((4, 2))}}
+    state = embedding.adagrad(0.1).init(table)
+    ids, leaves = {"t": IdMap(4)}, {"t": {"a/b": "adagrad"}}
+    with pytest.raises(ValueError, match=r"rename a key"):
+        export_hash_tables(table, state, ids, leaves=leaves)
+
+
+@pytest.mark.parametrize("transform", [jax.jit, jax.vmap, jax.eval_shape])
+def test_parameters_that_jax_traces(transform):
+    params = {"w": jnp.zeros((2, 2))}
+    state = adamom().init(params)
+    tensors = export_slots(params, state)
+
+    def run(function):
+        if transform is jax.eval_shape:
+            jax.eval_shape(function, params)
+        else:
+            transform(function)(params)
+
+    table = embedding.adagrad(0.1).init(params)
+    for call, leaf in {
+        (lambda p: import_slots(tensors, p, state)): r"params\['w'\]",
+        (
+            lambda p: import_slots(tensors, params, state._replace(m=p))
+        ): r"state\.m\['w'\]",
+        (lambda p: export_slots(p, state)): r"params\['w'\]",
+        (lambda p: import_hash_tables({}, p, table, leaves={})): r"params\['w'\]",
+        (lambda p: export_hash_tables(p, table, {}, leaves={})): r"params\['w'\]",
+    }.items():
+        with pytest.raises(ValueError, match=rf"{leaf} is traced.* outside jax.jit"):
+            run(call)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto])
+def test_templates_of_a_mesh_without_devices(kind):
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(kind,))
+    rows = NamedSharding(mesh.abstract_mesh, PartitionSpec("x"))
+    template = tree(lambda _: None) | jax.eval_shape(zeros)
+    table = jax.ShapeDtypeStruct((10, 2), jnp.float32, sharding=rows)
+    template |= {"item_embedding": table}
+    with jax.set_mesh(mesh):
+        state = jax.eval_shape(adamom().init, template)
+        state = state._replace(m=state.m | {"item_embedding": table})
+        params, restored = import_slots(truth("adamom", 6), template, state)
+    for array in params["item_embedding"], restored.m["item_embedding"]:
+        expected = NamedSharding(mesh, PartitionSpec("x"))
+        assert array.sharding.is_equivalent_to(expected, 2)
+    assert_same(export_slots(params, restored), truth("adamom", 6))
+    with pytest.raises(ValueError, match=r"no devices.*with jax\.set_mesh"):
+        import_slots(truth("adamom", 6), template, state)
+    other = jax.make_mesh((4,), ("x",), axis_types=(kind,))
+    with jax.set_mesh(other), pytest.raises(ValueError, match="no devices"):
+        import_slots(truth("adamom", 6), template, state)

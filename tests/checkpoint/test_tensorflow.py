@@ -1,6 +1,5 @@
-"""TensorFlow's own checkpoint files: read, written, damaged, and the command line."""
+"""Checkpoint files beside TensorFlow's own reader and writer, and the command line."""
 
-import json
 import subprocess
 import sys
 
@@ -22,25 +21,6 @@ pytestmark = pytest.mark.filterwarnings("default::DeprecationWarning")
 def run(*arguments):
     command = [sys.executable, "-m", "monolith_optax.checkpoint", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False)
-
-
-@pytest.fixture
-def copied(tmp_path):
-    for file in (FOLDER / "adamom").iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    return tmp_path / "model.ckpt-6"
-
-
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_reads_what_monolith_wrote(name):
-    checkpoint = read_tensorflow(prefix(name))
-    assert_same(checkpoint, truth(name, 6))
-    assert checkpoint.shapes["mlp/dense/kernel"] == (4, 3)
-    assert checkpoint.dtypes["global_step"] == np.int64
-    assert len(checkpoint) == len(truth(name, 6))
-    assert "nothing" not in checkpoint
-    with pytest.raises(KeyError, match="nothing"):
-        checkpoint["nothing"]
 
 
 @pytest.mark.parametrize("compact_c", [False, True])
@@ -88,56 +68,63 @@ def test_narrow_dtypes_go_through(tmp_path):
         write_tensorflow(tmp_path / "y", {})
 
 
-def test_missing_files_are_named(copied):
-    data = copied.with_name("model.ckpt-6.data-00000-of-00001")
-    data.rename(copied.with_name("model.ckpt-6.data-00000-of-00002"))
-    with pytest.raises(FileNotFoundError, match="data-00001-of-00002"):
-        read_tensorflow(copied)
-    copied.with_name("model.ckpt-6.data-00000-of-00002").unlink()
-    with pytest.raises(FileNotFoundError, match="data-00000-of-00001"):
-        read_tensorflow(copied)
-    with pytest.raises(FileNotFoundError, match=r"nowhere\.index"):
-        read_tensorflow(copied.with_name("nowhere"))
-
-
-def test_damaged_files_are_named(copied):
-    state = OPTIMIZERS["adamom"]().init(zeros())
-    data = copied.with_name("model.ckpt-6.data-00000-of-00001")
-    whole = data.read_bytes()
-    flipped = bytearray(whole)
-    flipped[100] ^= 1
-    for damaged in whole[:-50], whole[:100], b"", bytes(flipped):
-        data.write_bytes(damaged)
-        with pytest.raises(ValueError, match=r"data-00000-of-00001 is damaged"):
-            import_slots(read_tensorflow(copied), zeros(), state)
-    data.write_bytes(whole)
-    index = copied.with_name("model.ckpt-6.index")
-    whole = index.read_bytes()
-    flipped = bytearray(whole)
-    flipped[100] ^= 1
-    for damaged in whole[:-1], whole[:200], b"", b"nonsense" * 100, bytes(flipped):
-        index.write_bytes(damaged)
-        with pytest.raises(ValueError, match=r"model\.ckpt-6\.index is damaged"):
-            import_slots(read_tensorflow(copied), zeros(), state)
-
-
-def test_show():
-    shown = run("show", prefix("adamom"))
-    assert shown.returncode == 0, shown.stderr
-    header, *lines = shown.stdout.splitlines()
-    assert header.split() == ["name", "kind", "shape", "dtype"]
-    assert ["global_step", "variable", "[]", "int64"] in map(str.split, lines)
-    assert "mlp/dense/bias/Adamom/c" in shown.stdout
-    rows = json.loads(run("show", "--json", prefix("adamom")).stdout)
-    assert {row["name"]: row["kind"] for row in rows} == {
-        name: "slot" if "Adamom" in name else "variable" for name in truth("adamom", 6)
-    }
-    missing = run("show", "nowhere")
-    assert missing.returncode == 3
-    assert missing.stderr == (
-        "error: There is no file nowhere.index. The prefix of a checkpoint ends before "
-        "'.index', as in 'model/model.ckpt-6'.\n"
+def save(prefix, tensors, slices=""):
+    tf.raw_ops.SaveV2(
+        prefix=str(prefix),
+        tensor_names=list(tensors),
+        shape_and_slices=[slices] * len(tensors),
+        tensors=[tf.constant(value) for value in tensors.values()],
     )
+
+
+def assert_as_tensorflow_reads(prefix):
+    reader = tf.train.load_checkpoint(str(prefix))
+    names = reader.get_variable_to_shape_map()
+    assert_same(
+        read_tensorflow(prefix), {k: np.asarray(reader.get_tensor(k)) for k in names}
+    )
+
+
+def test_every_type_that_numpy_has_is_read_as_tensorflow_reads_it(tmp_path):
+    types = [
+        tf.dtypes.as_dtype(number)
+        for number in range(1, 31)
+        if number not in {7, 11, 12, 13, 15, 16, 20, 21}  # opaque, or quantized
+    ]
+    tensors = {
+        kind.name: (np.arange(200) % 8).reshape(2, 100).astype(kind.as_numpy_dtype)
+        for kind in types
+    }
+    save(tmp_path / "x", tensors)
+    assert_as_tensorflow_reads(tmp_path / "x")
+
+
+@pytest.mark.parametrize("cut", [2, 100, 8_000, 299_000])
+def test_partitioned_variables_of_several_servers(tmp_path, cut):
+    """The keys of parts have numbers of one to three bytes."""
+    table = np.arange(600_000, dtype=np.float32).reshape(300_000, 2)
+    a, b, both = (str(tmp_path / name) for name in ("a", "b", "both"))
+    save(a, {"ü/part": table[:cut]}, f"300000 2 0,{cut}:-")
+    save(b, {"ü/part": table[cut:]}, f"300000 2 {cut},{300_000 - cut}:0,2")
+    tf.raw_ops.MergeV2Checkpoints(
+        checkpoint_prefixes=[a, b], destination_prefix=both, delete_old_dirs=False
+    )
+    assert_as_tensorflow_reads(both)
+    assert_same(read_tensorflow(both), {"ü/part": table})
+
+
+def test_strings_and_many_names(tmp_path):
+    tensors = {f"layer_{k}/w": np.full(k % 7, k) for k in range(2_000)}
+    tensors["graph"] = np.array([[b"", b"x" * 70_000], [b"a\0b", b"\xff"]], object)
+    save(tmp_path / "x", tensors)
+    assert_as_tensorflow_reads(tmp_path / "x")
+
+
+@pytest.mark.parametrize("name", ["w[1]", "w*", "w?"])
+def test_what_is_written_under_a_pattern_is_read(tmp_path, name):
+    write_tensorflow(tmp_path / "w1", {"x": np.zeros(2)})
+    write_tensorflow(tmp_path / name, {"x": np.ones(3)})
+    assert_same(read_tensorflow(tmp_path / name), {"x": np.ones(3)})
 
 
 def test_convert_there_and_back(tmp_path):

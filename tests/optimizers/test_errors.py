@@ -217,12 +217,9 @@ def test_slot_dtype_that_is_no_float(variant, slot_dtype):
 @only(lambda variant: variant.row.fractions or variant.row.nonnegative)
 def test_hyperparameters_in_too_coarse_a_dtype(variant):
     params = optax.tree.cast(PARAMS, jnp.bfloat16)
-    inject = optax.inject_hyperparams
     with raises("bfloat16", "hyperparam_dtype=jnp.float32"):
-        inject(variant.optimizer)(**variant.options).init(params)
-    inject(variant.optimizer, hyperparam_dtype=jnp.float32)(**variant.options).init(
-        params
-    )
+        variant.injected()(**variant.options).init(params)
+    variant.injected(hyperparam_dtype=jnp.float32)(**variant.options).init(params)
 
 
 @with_argument("weight_decay_mask")

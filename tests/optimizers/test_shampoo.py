@@ -10,8 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from monolith_optax import RowSlices, lazy_rows, shampoo
+from monolith_optax import RowSlices, embedding, lazy_rows, shampoo
+from monolith_optax.checkpoint import export_slots, import_slots
 
 DATA = Path(__file__).parents[1] / "data"
 CASES = {
@@ -66,6 +68,41 @@ def test_trajectory_is_monoliths(name):
             first = worst if number == 1 else first
     assert number == case["recorded_steps"][-1]
     print(f"{name}: {first:.1e} after one step, {worst:.1e} at any recorded step")
+
+
+@pytest.mark.parametrize("in_a_tree", [True, False])
+def test_continues_where_monolith_stopped(in_a_tree):
+    name, case = next((k, c) for k, c in CASES.items() if len(c["recorded_steps"]) > 2)
+    tx = shampoo(**case["hyperparameters"])
+    index = len(case["recorded_steps"]) // 2
+    stopped, last = case["recorded_steps"][index], case["recorded_steps"][-1]
+
+    def checkpoint(index):
+        slots = {slot: ARRAYS[f"{name}.{slot}"][index] for slot in case["slots"]}
+        tensors = {f"w/Shampoo/{slot}": value for slot, value in slots.items()}
+        return tensors | {"w": ARRAYS[f"{name}.var"][index]}
+
+    def place(array):
+        return {"w": array} if in_a_tree else array
+
+    names = None if in_a_tree else {"": "w"}
+    params = place(jnp.zeros(ARRAYS[f"{name}.params"].shape))
+    tensors = checkpoint(index) | {"global_step": np.int64(stopped)}
+    params, state = import_slots(tensors, params, tx.init(params), variable_names=names)
+    exported = export_slots(params, state, variable_names=names)
+    chex.assert_trees_all_equal(exported, tensors)
+    step = jax.jit(tx.update)
+    for grad in ARRAYS[f"{name}.grads"][stopped:last]:
+        updates, state = step(place(grad), state, params)
+        params = optax.apply_updates(params, updates)
+    reached = export_slots(params, state, variable_names=names)
+    expected = checkpoint(-1)
+    assert reached.pop("global_step") == last
+    assert reached.keys() == expected.keys()
+    for tensor, value in expected.items():
+        if "/pvec" not in tensor:
+            atol = 12e-6 * np.abs(value).max()
+            np.testing.assert_allclose(reached[tensor], value, rtol=0, atol=atol)
 
 
 def slots_of(state):
@@ -170,34 +207,29 @@ def test_eigendecompositions_are_only_in_steps_that_need_them():
 
 
 @pytest.mark.slow
-def test_inside_optax():
-    plain, _ = run(shampoo(0.1, **FAST))
-    static = "warmup", "tau_1", "tau_2", "eigen_head", "eigen_tail", "damping_epsilon"
-    injected = optax.inject_hyperparams(shampoo, static_args=static)(
-        optax.constant_schedule(0.1), **FAST
-    )
-    chex.assert_trees_all_close(run(injected)[0], plain, rtol=1e-6)
-    scheduled = shampoo(optax.constant_schedule(0.1), **FAST)
-    chex.assert_trees_all_close(run(scheduled)[0], plain, rtol=1e-6)
-    mask = {"mlp": [True, False], "scale": True}
-    masked, _ = run(optax.masked(shampoo(0.1, **FAST), mask))
-    chex.assert_trees_all_close(masked["mlp"][0], plain["mlp"][0], rtol=1e-6)
-    labels = {"mlp": "ours", "scale": "frozen"}
-    parts = {"ours": shampoo(0.1, **FAST), "frozen": optax.set_to_zero()}
-    result, _ = run(optax.partition(parts, labels))
-    chex.assert_trees_all_close(result["mlp"], plain["mlp"], rtol=1e-6)
-    half, state = run(shampoo(0.1, **FAST), optax.tree.cast(PARAMS, jnp.bfloat16))
-    assert {x.dtype.name for x in jax.tree.leaves(half)} == {"bfloat16"}
-    assert {x.dtype.name for x in jax.tree.leaves(state[1:])} == {"float32"}
-    chex.assert_trees_all_close(optax.tree.cast(half, "float32"), plain, rtol=0.05)
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("spec", [("x", None), (None, "x"), ("x", "y")])
+def test_eight_devices_are_as_one(axis_type, spec):
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(axis_type, axis_type))
+    sharding = NamedSharding(mesh, PartitionSpec(*spec))
+    rng = np.random.default_rng(0)
+    grads, w = rng.normal(size=(8, 16, 8)), rng.normal(size=(16, 8))
+    tx = shampoo(0.1, **FAST, eigen_head=3, eigen_tail=3)
 
+    def trained(place):
+        params, *steps = (place(jnp.asarray(x, jnp.float32)) for x in (w, *grads))
+        state = tx.init(params)
+        for grad in steps:
+            updates, state = jax.jit(tx.update)(grad, state, params)
+            params = optax.apply_updates(params, updates)
+        return params, state
 
-@pytest.mark.parametrize("params", [{}, jnp.zeros((0, 3)), {"w": None}])
-def test_unusual_trees(params):
-    tx = shampoo(**FAST)
-    updates, state = jax.jit(tx.update)(params, tx.init(params), params)
-    chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
-    chex.assert_trees_all_equal_shapes_and_dtypes(state, tx.init(params))
+    expected, _ = trained(lambda x: x)
+    with jax.set_mesh(mesh):
+        params, state = trained(lambda x: jax.device_put(x, sharding))
+    for leaf in params, state.d, state.m, state.pm:
+        assert leaf.sharding.is_equivalent_to(sharding, 2)
+    np.testing.assert_allclose(params, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_warm_up_of_0_steps_and_gradients_of_0():
@@ -257,3 +289,19 @@ def test_gradients_that_do_not_match_and_row_slices():
     slices = RowSlices(jnp.array([1]), jnp.ones((1, 2)))
     with pytest.raises(ValueError, match="lazy_rows needs"):
         lazy_rows(tx).update(slices, tx.init(table), table)
+
+
+@pytest.mark.slow
+def test_beside_tables_inside_lazy_rows():
+    parts = {"dense": shampoo(0.1, warmup=0, tau_1=1), "rows": embedding.adagrad(0.1)}
+    tx = optax.partition(parts, {"mlp": "dense", "table": "rows"})
+    params = {"mlp": PARAMS["mlp"], "table": jnp.ones((5, 2))}
+    slices = RowSlices(jnp.array([1, 3]), jnp.ones((2, 2)))
+    dense, lazy = tx.init(params), tx.init(params)
+    for _ in range(2):
+        grads = {"mlp": params["mlp"], "table": slices.to_dense(5)}
+        expected, dense = jax.jit(tx.update)(grads, dense, params)
+        grads["table"] = slices
+        actual, lazy = jax.jit(lazy_rows(tx).update)(grads, lazy, params)
+    actual["table"] = actual["table"].to_dense(5)
+    chex.assert_trees_all_close((actual, lazy), (expected, dense), rtol=1e-5)

@@ -1,5 +1,7 @@
 """Stochastic rounding: to a neighbour, right on average, the same after a restart."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -26,13 +28,24 @@ DRAWS = 100_000
 
 def stepped(w, steps, dtype, seed=0):
     """What is left of a sum of a 16-bit number and a step, in float64."""
-    params = jnp.broadcast_to(jnp.asarray(w, dtype), steps.shape)
-    tx = stochastic_rounding(embedding.sgd(-1.0), seed)
-    updates, _ = jax.jit(tx.update)(jnp.float32(steps), tx.init(params), params)
+    params = jnp.asarray(np.broadcast_to(np.asarray(w, DTYPES[dtype]), steps.shape))
+    updates, new = step_of(seed)(jnp.float32(steps), params)
     assert updates.dtype == jnp.float32
-    new = jax.jit(apply_updates)(params, updates)
     assert new.dtype == dtype
     return np.float64(new)
+
+
+@functools.cache
+def step_of(seed):
+    """A step that is compiled once for all tests."""
+    tx = stochastic_rounding(embedding.sgd(-1.0), seed)
+
+    @jax.jit
+    def step(gradients, params):
+        updates, _ = tx.update(gradients, tx.init(params), params)
+        return updates, apply_updates(params, updates)
+
+    return step
 
 
 def neighbours(target, dtype):

@@ -71,6 +71,32 @@ def test_the_choice_does_not_depend_on_how_much_there_is(num_rows):
         assert explanation.startswith("t: rows, looked up by gather at")
 
 
+WITHOUT_IDS = {
+    "[]": (lambda t, i: t[i], (10, 3)),
+    "one column": (lambda t, i: t[i, :1], (10, 3)),
+    "take": (lambda t, i: jnp.take(t, i, axis=0), (10, 3)),
+    "numbers": (lambda t, i: t[i], (10,)),
+    "matrices": (lambda t, i: t[i], (10, 3, 2)),
+    "vmap": (lambda t, i: jax.vmap(lambda j: t[j])(i), (10, 3)),
+    "jit": (jax.jit(lambda t, i: jax.nn.relu(t[i])), (10, 3)),
+    "stack": (lambda t, i: jax.vmap(lambda t: t[i])(t), (2, 10, 3)),
+}
+
+
+@pytest.mark.parametrize("name", WITHOUT_IDS)
+def test_a_batch_without_ids_gives_rows(name):
+    lookup, shape = WITHOUT_IDS[name]
+
+    def loss(params, ids):
+        return jnp.sum(jnp.sin(lookup(params["t"], ids))) + params["w"]
+
+    params = {"t": normal(*shape), "w": normal()}
+    some = check(loss, params, jnp.array([1, 2]), rows={"t"}, rtol=1e-6)
+    none = check(loss, params, jnp.zeros(0, int), rows={"t"}, jit=False)
+    assert none["t"].row_shape == some["t"].row_shape
+    assert none["t"].ids.size == 0
+
+
 def tied(params, users, pairs):
     found = params["user"][users]
     logits = found @ params["user"].T
@@ -94,7 +120,7 @@ def summed(params):
 
 
 def assigned(params):
-    return jnp.sum(params["user"].at[0].set(0.0)[USERS])
+    return jnp.sum(params["user"].at[:2].set(0.0)[USERS])
 
 
 def scanned(params):

@@ -94,6 +94,14 @@ LOOKUPS = {
     "masked": lambda t, i: jnp.where(jnp.arange(N)[:, None] == 1, 0.0, t)[i],
     "column of image": lambda t, i: (t**2)[i, 1],
     "column first": lambda t, i: t[:, 1][i],
+    "padding row": lambda t, i: jnp.concatenate([jnp.zeros((1, D)), t])[i],
+    "rows on both sides": lambda t, i: jnp.concatenate(
+        [jnp.ones((2, D)), 3.0 * t, jnp.zeros((3, D))]
+    )[i],
+    "padding zeroed": lambda t, i: t.at[0].set(0.0)[i],
+    "last row scaled": lambda t, i: (2.0 * t).at[-1].multiply(5.0)[i],
+    "row shifted": lambda t, i: jnp.sin(t.at[1].add(5.0))[i],
+    "row beyond set": lambda t, i: t.at[N].set(0.0, mode="drop")[i],
     "custom_jvp": lambda t, i: clipped(t)[i],
     "custom_vjp": lambda t, i: rounded(t, jnp.array(2.0))[i],
     "constraint": lambda t, i: lax.with_sharding_constraint(
@@ -117,7 +125,16 @@ def loss_of(lookup):
     return loss
 
 
-@pytest.mark.parametrize("name", LOOKUPS)
+SLOW = ("rows on both sides", "last row scaled", "row shifted", "row beyond set")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name in SLOW else [])
+        for name in LOOKUPS
+    ],
+)
 def test_lookups(name):
     def loss(params, ids):
         found = LOOKUPS[name](params["t"], ids)
@@ -128,6 +145,38 @@ def test_lookups(name):
     # Narrow gradients of one row add up in another order.
     rtol = 1e-2 if name == "cast" else 1e-10
     check(loss, {"t": normal(N, D)}, IDS, rows={"t"}, rtol=rtol, small=True)
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        lambda t: jnp.concatenate([t, t]),
+        lambda t: jnp.concatenate([t, t[:1]]) * jnp.concatenate([t[:1], t]),
+        lambda t: (
+            jnp.concatenate([t, jnp.ones((1, D))])
+            * jnp.concatenate([jnp.ones((1, D)), t])
+        ),
+        lambda t: t.at[0].set(t[1]),
+        lambda t: t.at[jnp.array([0, 1])].set(0.0),
+        lambda t: t.at[0, 1].set(0.0),
+    ],
+)
+def test_images_that_are_several_rows_of_a_table_are_dense(image):
+    def loss(params, ids):
+        return jnp.sum(jnp.sin(image(params["t"])[ids]))
+
+    check(loss, {"t": normal(N, D)}, IDS % N, rows=set())
+
+
+def test_two_tables_as_one_and_a_padding_row_that_is_learnt():
+    def loss(params, ids):
+        both = jnp.concatenate([params["pad"], params["a"], params["b"]])
+        return jnp.sum(jnp.sin(both.at[7].set(params["other"])[ids]))
+
+    params = {"a": normal(N, D), "b": normal(N, D, seed=2)}
+    params |= {"pad": normal(1, D, seed=3), "other": normal(D, seed=4)}
+    ids = jnp.array([0, 1, 7, N, N + 1, 2 * N, 7, -1, 2 * N + 9])
+    check(loss, params, ids, rows={"a", "b", "pad"})
 
 
 CONSTANT = {
@@ -182,15 +231,16 @@ def test_stacked_tables(name):
     ids = jnp.array([[1, -1], [N, 3], [0, 0]])
     rtol = 1e-5 if name == "cast" else 1e-10
     params, loss = {"t": normal(*shape)}, loss_of(lookup)
-    check(loss, params, ids, rows={"t"}, tables=True, rtol=rtol, small=True)
+    tables = True if name == "scalars" else None
+    check(loss, params, ids, rows={"t"}, tables=tables, rtol=rtol, small=True)
 
 
-def test_a_stack_of_tables_is_rows_only_if_asked_for():
-    lookup, shape = STACKED["one each"]
+def test_a_stack_of_numbers_is_rows_only_if_asked_for():
+    lookup, shape = STACKED["scalars"]
     loss, params = loss_of(lookup), {"t": normal(*shape)}
     ids = jnp.array([[1, -1], [10, 3], [0, 0]])
     check(loss, params, ids, rows=set())
-    assert "as a stack of tables by gather" in value_and_row_grad(loss).explain(
+    assert "as a stack of numbers by gather" in value_and_row_grad(loss).explain(
         params, ids
     )
 

@@ -3,6 +3,7 @@
 import jax
 import optax
 import pytest
+from chains import PIECES, WRAPPERS, partition
 from choosing import sampled
 from dense_rows import assert_lazy_is_dense, batches, parameters
 from hypothesis import given, settings
@@ -36,7 +37,7 @@ ACCEPTED = {
     "madgrad": lambda: contrib.madgrad(0.1),
     "schedule_free": lambda: contrib.schedule_free_adamw(0.1),
     "novograd": lambda: optax.novograd(0.1),
-    **{f"ours: {name}": variant.make for name, variant in VARIANTS.items()},
+    **{f"ours: {name}": v.make for name, v in VARIANTS.items() if v.row.for_rows},
 }
 REFUSED = {
     "lamb": lambda: optax.lamb(0.1),
@@ -55,13 +56,10 @@ REFUSED = {
     "flatten": lambda: optax.flatten(optax.adam(0.1)),
     "lbfgs": lambda: optax.lbfgs(linesearch=None),
     "adaptive_grad_clip": lambda: optax.adaptive_grad_clip(0.1),
+    **{f"ours: {name}": v.make for name, v in VARIANTS.items() if not v.row.for_rows},
 }
 if hasattr(contrib, "galore"):
     REFUSED["galore"] = lambda: contrib.galore(0.1)
-
-
-def partition(tx):
-    return optax.partition({"a": tx, "b": optax.sgd(0.1)}, {"table": "a", "dense": "b"})
 
 
 def injected(tx):
@@ -135,40 +133,6 @@ def lazily(inner):
 def test_in_float32(name, scale):
     clipped = optax.chain(optax.clip_by_global_norm(0.5), ACCEPTED[name]())
     assert_lazy_is_dense(clipped, scale=scale, dtype="float32", rtol=2e-5)
-
-
-PIECES = {
-    "clip": lambda x: optax.clip(x),
-    "clip_norm": lambda x: optax.clip_by_global_norm(x),
-    "clip_rms": lambda x: optax.clip_by_block_rms(x),
-    "normalize": lambda _: optax.normalize_by_update_norm(),
-    "centralize": lambda _: optax.centralize(),
-    "decay": lambda x: optax.add_decayed_weights(x, mask=large),
-    "adam": lambda x: optax.scale_by_adam(b1=0.9 * min(x, 1.0)),
-    "rss": lambda x: optax.scale_by_rss(x),
-    "rms": lambda x: optax.scale_by_rms(initial_scale=x),
-    "novograd": lambda _: optax.scale_by_novograd(),
-    "trace": lambda x: optax.trace(0.5 * min(x, 1.0)),
-    "sign": lambda _: optax.scale_by_sign(),
-    "schedule": lambda x: optax.scale_by_schedule(optax.linear_schedule(x, 0.0, 5)),
-    "zero_nans": lambda _: optax.zero_nans(),
-    "ema": lambda x: optax.ema(0.5 * min(x, 1.0)),
-    "belief": lambda _: optax.scale_by_belief(),
-    "trust_ratio": lambda _: optax.scale_by_trust_ratio(),
-    "factored": lambda _: optax.scale_by_factored_rms(min_dim_size_to_factor=2),
-    "block_norm": lambda _: optax.scale_by_param_block_norm(),
-}
-WRAPPERS = {
-    "nothing": lambda tx: tx,
-    "masked": lambda tx: optax.masked(tx, large),
-    "finite": lambda tx: optax.apply_if_finite(tx, 2),
-    "partition": partition,
-    "some_steps": lambda tx: optax.conditionally_transform(tx, lambda step: step != 1),
-}
-
-
-def large(params):
-    return jax.tree.map(lambda x: x.size > 10, params)
 
 
 LINKS = st.tuples(

@@ -1,0 +1,176 @@
+"""The command line of checkpoints: called in this process, and as a program."""
+
+import contextlib
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import termios
+import tomllib
+from pathlib import Path
+
+import pytest
+from checkpoints import prefix, truth
+from tensor_files import tensor, write
+
+import monolith_optax
+from monolith_optax.checkpoint import __main__ as command_line
+
+COMMAND = [sys.executable, "-m", "monolith_optax.checkpoint"]
+TABLES = "tests/data/hash_tables/single/model.ckpt-1200.assets"
+
+
+@pytest.fixture
+def run(capsys):
+    """Runs the command line; returns its exit status, output and errors."""
+
+    def run(*arguments):
+        try:
+            status = command_line.main([str(argument) for argument in arguments])
+        except SystemExit as exit_:
+            status = exit_.code
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def program(*arguments, **options):
+    """Starts the command line as a program."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen([*COMMAND, *arguments], text=True, **(pipes | options))
+
+
+def test_show(run):
+    status, output, errors = run("show", prefix("adamom"))
+    assert (status, errors) == (0, "")
+    header, *lines = output.splitlines()
+    assert header.split() == ["name", "kind", "shape", "dtype"]
+    assert ["global_step", "variable", "[]", "int64"] in map(str.split, lines)
+    assert "mlp/dense/bias/Adamom/c" in output
+    rows = json.loads(run("show", "--json", prefix("adamom"))[1])
+    assert {row["name"]: row["kind"] for row in rows} == {
+        name: "slot" if "Adamom" in name else "variable" for name in truth("adamom", 6)
+    }
+
+
+@pytest.mark.parametrize("source", [prefix("adamom"), TABLES])
+def test_quiet(run, source):
+    assert run("show", "--quiet", source) == (0, "", "")
+
+
+@pytest.mark.parametrize("options", [[], ["--quiet"]])
+@pytest.mark.parametrize("command", ["show", "convert"])
+def test_what_is_not_there(run, tmp_path, command, options):
+    target = [tmp_path / "new"] * (command == "convert")
+    status, output, errors = run(command, *options, "no", *target)
+    assert (status, output) == (3, "")
+    assert errors == (
+        "monolith-checkpoint: There is no file no.index. The prefix of a checkpoint "
+        "ends before '.index', as in 'model/model.ckpt-6'.\n"
+    )
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["show"], ["convert", "a"], ["show", "--no"], ["delete", "a"]]
+)
+def test_bad_usage(run, arguments):
+    status, output, errors = run(*arguments)
+    assert (status, output) == (2, "")
+    assert "usage: monolith-checkpoint" in errors
+
+
+def test_help_names_every_exit_status(run):
+    for arguments in (["--help"], ["show", "--help"], ["convert", "--help"]):
+        status, output, _ = run(*arguments)
+        assert status == 0
+        for number in (0, 2, 3, 130, 143):
+            assert f" {number} " in " ".join(output.split())
+
+
+def test_version(run):
+    status, output, _ = run("--version")
+    assert (status, output) == (0, f"monolith_optax {monolith_optax.__version__}\n")
+
+
+def test_a_bug_is_not_the_fault_of_a_file(run, monkeypatch):
+    def fail(*_, **__):
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(command_line, "read_tensorflow", fail)
+    status, output, errors = run("show", prefix("adamom"))
+    assert (status, output) == (3, "")
+    assert "ZeroDivisionError: a bug" in errors
+
+
+def test_output_that_nobody_reads():
+    read, out = os.pipe()
+    os.close(read)
+    with program("show", prefix("adamom"), stdout=out) as process:
+        os.close(out)
+        _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (3, "")
+
+
+def test_names_that_the_terminal_cannot_print(tmp_path):
+    entries = {
+        name: tensor(b"", shape=(0,))
+        for name in (b"b\xc3\xbccher", b"a\x1b[2J", b"line\nbreak")
+    }
+    write(tmp_path / "x", entries, b"")
+    ascii_only = os.environ | {"PYTHONIOENCODING": "ascii"}
+    with program("show", tmp_path / "x", env=ascii_only) as process:
+        output, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (0, "")
+    names = [line.split()[0] for line in output.splitlines()[1:]]
+    expected = ["a\\x1b[2J", "b\\xfccher", "line\\nbreak"]
+    assert names == expected
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [pytest.param({"TERM": "dumb"}, marks=pytest.mark.slow), {"TERM": "xterm"}],
+)
+def test_progress_only_on_a_terminal_that_can_clear_it(environment):
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 80))
+    with program(
+        "show", TABLES, stderr=theirs, env=os.environ | environment
+    ) as process:
+        os.close(theirs)
+        assert "item" in process.communicate(timeout=60)[0]
+    shown = b""
+    with contextlib.suppress(OSError):  # the other end is closed
+        while part := os.read(ours, 4096):
+            shown += part
+    os.close(ours)
+    assert process.returncode == 0
+    assert bool(shown) == (environment["TERM"] == "xterm")
+
+
+def test_it_can_be_terminated(tmp_path):
+    """It waits for a reader, as nobody reads more than the first line."""
+    write(
+        tmp_path / "x",
+        {b"%05d" % k: tensor(b"", shape=(0,)) for k in range(9_000)},
+        b"",
+    )
+    with program("show", tmp_path / "x") as process:
+        assert process.stdout.readline()
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (143, "")
+
+
+def test_the_console_script_runs_the_program():
+    project = tomllib.loads(
+        Path(__file__).parents[2].joinpath("pyproject.toml").read_text()
+    )
+    script = project["project"]["scripts"]["monolith-checkpoint"]
+    module, _, function = script.partition(":")
+    code = f"import {module} as m; m.{function}()"
+    command = [sys.executable, "-c", code, "--version"]
+    result = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout == f"monolith_optax {monolith_optax.__version__}\n"
