@@ -1,4 +1,4 @@
-"""What a step costs each device of a large cluster: `python -m benchmarks.scale`.
+"""What a step costs each device of a large cluster: `python -m benchmarks.cluster`.
 
 A table is split by rows over eight virtual CPU devices, and the same small step is
 compiled in three ways: with dense gradients, with `lazy_rows`, and with `lazy_rows`
