@@ -103,17 +103,20 @@ def ratio_bars(results: Any) -> Any:
     axes.bar_label(
         bars,
         [
-            f" {pair.ratio:.2f}  ({pair.ours_ms:.3g} of {pair.peer_ms:.3g} ms)"
+            f"{pair.ratio:.2f}  ({pair.ours_ms:.3g} of {pair.peer_ms:.3g} ms)"
             for pair in pairs
         ],
-        bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
+        padding=3,
+        bbox={"facecolor": "white", "edgecolor": "none", "pad": 0},
     )
     for place, pair in enumerate(pairs):
-        axes.text(0.01, place - 0.3, f"{pair.peer}, {pair.what}")
+        tables = f"{pair.tables} table{'s' * (pair.tables > 1)}"
+        axes.text(0.01, place - 0.3, f"{pair.peer}, {tables}")
     axes.axvline(1, color="black", linewidth=1.5)
     axes.invert_yaxis()
     axes.set_xlim(0, 1.5 * max(1, *values))
     axes.set_yticks([])
+    axes.set_xlabel("\n".join(dict.fromkeys(pair.what for pair in pairs)))
     axes.set_title("Our time as a share of the peer's, same optimizer", loc="left")
     return figure
 

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 class Ratio(NamedTuple):
     """Our median and that of a peer with the same optimizer."""
 
+    tables: int
     what: str
     ours: str
     ours_ms: float
@@ -44,10 +45,11 @@ def ratios(results: Any) -> list[Ratio]:
         sizes = case["sizes"]
         if sizes["tables"] == 1 and sizes["rows"] != middle:
             continue
-        ours, *others = case["sides"].items()
-        what = "1 table" if sizes["tables"] == 1 else f"{sizes['tables']} tables"
+        (ours, figures_of_ours), *others = case["sides"].items()
+        ms = figures_of_ours["median ms"]
+        what = case["case"].partition(", ")[2]  # what stands before is the optimizer
         pairs += [
-            Ratio(what, ours[0], ours[1]["median ms"], peer, figures["median ms"])
+            Ratio(sizes["tables"], what, ours, ms, peer, figures["median ms"])
             for peer, figures in others
             if not peer.endswith("dense")
         ]

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 import subprocess
 
 import pytest
@@ -21,7 +22,7 @@ def results(case):
 
 def case(**milliseconds):
     seconds = {side: [ms / 1e3 for ms in times] for side, times in milliseconds.items()}
-    return Case("rows", "adagrad", seconds, sizes={"tables": 1, "rows": 10})
+    return Case("rows", "adagrad, 10 x 16", seconds, sizes={"tables": 1, "rows": 10})
 
 
 @pytest.mark.parametrize("path", tables.FILES, ids=lambda path: path.name)
@@ -70,7 +71,7 @@ def test_figures_of_a_case():
 def test_ratios_leave_dense_steps_out():
     made = case(ours=[1, 2, 3], FBGEMM=[4], **{"optax.adagrad, dense": [50]})
     [pair] = ratios(results(made))
-    assert (pair.ours, pair.peer, pair.what) == ("ours", "FBGEMM", "1 table")
+    assert (pair.ours, pair.peer, pair.what) == ("ours", "FBGEMM", "10 x 16")
     assert pair.ratio == pytest.approx(0.5)
 
 
@@ -80,8 +81,8 @@ def test_slower_only_if_the_middle_halves_of_the_runs_do_not_overlap():
         case(a=[5, 6, 7, 8, 9], b=[3, 4, 5, 6, 7], once=[9], added=[1, 2, 3, 4])
     )
     line, count, unjudged = slower(old, new)
-    assert (
-        line == "rows: adagrad: a: 3 ms (2 to 4) before, 7 ms (6 to 8) now, 2.33 times"
+    assert line == (
+        "rows: adagrad, 10 x 16: a: 3 ms (2 to 4) before, 7 ms (6 to 8) now, 2.33 times"
     )
     assert count == "1 of 2 got slower by more than the noise."
     assert unjudged.startswith("2 more are new, or ran fewer than 3 times")
@@ -95,6 +96,7 @@ def test_another_machine_is_named():
     assert next(slower(old, new)) == "Do not trust this: 'cores' was '2' and is '4'."
 
 
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
 def test_commit_says_whether_files_differ_from_it(tmp_path):
     def git(*arguments):
         identity = "-c", "user.name=x", "-c", "user.email=x"
