@@ -35,7 +35,7 @@ def compare(params: Any, quick: bool) -> Case:
     copying = copy(max(moved.values()))
     moved["copy"] = copying.bytes_moved()
     sides |= others | {"copy": copying.side()}
-    times = interleave(sides, rounds=2 if quick else 12, runs=2)
+    times = interleave(sides, rounds=2 if quick else 8, runs=2)
     millions = sum(leaf.size for leaf in leaves) / 1e6
     name = "one leaf" if len(leaves) == 1 else f"{len(leaves)} leaves"
     return Case(

@@ -30,8 +30,8 @@ def main(*, quick: bool) -> list[Case]:
     """26 tables of one size and of many, and a transformer's 196 leaves."""
     count, rounds = (3, 1) if quick else (26, 5)
     lazy = {
-        f"lazy_rows({ROW_OPTIMIZERS[name].name})": lazy_rows(ROW_OPTIMIZERS[name].ours)
-        for name in ("adagrad", "adam", "adamom")
+        f"lazy_rows({name})": lazy_rows(ROW_OPTIMIZERS[name].ours)
+        for name in ("adagrad", "optax.adam", "adamom")
     }
     slices = [RowSlices(jnp.zeros(2048, jnp.int32), jnp.ones((2048, 16)))] * count
     cases = []

@@ -33,7 +33,7 @@ with socket.socket(fileno=int(sys.argv[1])) as server:
 def main(*, quick: bool) -> list[Case]:
     """Wall times and descriptors, and the command line's start-up time."""
     scale = 100 if quick else 1
-    rounds = 1 if quick else 5
+    rounds = 1 if quick else 3
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     with nodes() as (live, refused, silent):

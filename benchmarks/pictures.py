@@ -54,7 +54,7 @@ def step_time(results: Any) -> Any:
             for case in cases(results, "rows", tables=1)
             if case["case"].startswith(f"{name},")
         ]
-        for name, title in (("adam", "Adam"), ("adagrad", "Adagrad"))
+        for name, title in (("optax.adam", "Adam"), ("adagrad", "Adagrad"))
     }
     if not all(panels.values()):
         return None

@@ -31,7 +31,6 @@ class Optimizer:
     """Ours, what dense steps use, and the peers that have the same optimizer."""
 
     ours: optax.GradientTransformation
-    name: str = ""
     dense: Mapping[str, optax.GradientTransformation] = field(default_factory=dict)
     peers: Mapping[str, Callable[[Workload, Batches], Side]] = field(
         default_factory=dict
@@ -39,15 +38,13 @@ class Optimizer:
 
 
 OPTIMIZERS = {
-    "adam": Optimizer(
+    "optax.adam": Optimizer(
         optax.adam(RATE),
-        name="optax.adam",
         dense={"optax.adam, dense": optax.adam(RATE)},
         peers={"PyTorch, SparseAdam": sparse_adam},
     ),
     "adagrad": Optimizer(
         embedding.adagrad(RATE),
-        name="adagrad",
         dense={"optax.adagrad, dense": optax.adagrad(RATE)},
         peers={
             "FBGEMM, EXACT_ADAGRAD": fbgemm("EXACT_ADAGRAD"),
@@ -56,12 +53,9 @@ OPTIMIZERS = {
     ),
     "rowwise_adagrad": Optimizer(
         embedding.rowwise_adagrad(RATE),
-        name="rowwise_adagrad",
         peers={"FBGEMM, EXACT_ROWWISE_ADAGRAD": fbgemm("EXACT_ROWWISE_ADAGRAD")},
     ),
-    "adamom": Optimizer(
-        adamom(RATE), name="adamom", dense={"adamom, dense": adamom(RATE)}
-    ),
+    "adamom": Optimizer(adamom(RATE), dense={"adamom, dense": adamom(RATE)}),
 }
 GROWING = 10_000, 100_000, 1_000_000, 3_000_000, 10_000_000, 30_000_000
 MOST_DENSE_ROWS = 3_000_000  # a dense step then takes a tenth of a second
@@ -75,7 +69,7 @@ def main(*, quick: bool) -> list[Case]:
     return [
         compare(name, work, quick)
         for name in OPTIMIZERS
-        for num_rows in (growing if name in ("adam", "adagrad") else [middle])
+        for num_rows in (growing if name in ("optax.adam", "adagrad") else [middle])
         for work in [Workload(1, num_rows, 16, 8192)]
     ] + [compare(name, many, quick) for name in OPTIMIZERS]
 
@@ -89,7 +83,7 @@ def compare(name: str, work: Workload, quick: bool) -> Case:
     def step(tx: optax.GradientTransformation) -> Side:
         return side(Step(tx, work.ones(), gradients[0]), gradients)
 
-    sides = {f"lazy_rows({optimizer.name})": step(lazy_rows(optimizer.ours))}
+    sides = {f"lazy_rows({name})": step(lazy_rows(optimizer.ours))}
     for title, peer in optimizer.peers.items():
         try:
             sides[title] = peer(work, data)
