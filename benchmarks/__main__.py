@@ -50,6 +50,9 @@ def main() -> None:
         parser.error(f"expected names out of {NAMES}, got {sorted(unknown)}")
     # Before anything is measured, in case the file is missing or is overwritten.
     baseline = json.loads(args.baseline.read_text()) if args.baseline else None
+    # PyTorch's threads spin while they wait. Without enough idle cores they would slow
+    # down every side, and their own most of all. Where they meet often, they are one.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     cases = []
     # Each benchmark has its own process, because frameworks keep the memory they used.

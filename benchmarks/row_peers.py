@@ -1,4 +1,10 @@
-"""The row-sparse steps of other frameworks, with two threads each.
+"""The row-sparse steps of other frameworks.
+
+PyTorch and FBGEMM have one thread. Their threads meet many times in a step: on two
+cores, FBGEMM's steps on 26 tables took 1.6 and 6.3 ms with one thread, 1.8 and 9.3 ms
+with two that spin while they wait, 11 and 18 ms with two that sleep, and up to a second
+where other work takes a core from two that spin. SparseAdam took a tenth longer with
+one thread than with two that spin on an idle machine.
 
 - PyTorch's SparseAdam: `optimizer.step()` with the gradient of an
   `Embedding(sparse=True)`, a sparse tensor that is not yet coalesced.
@@ -22,7 +28,7 @@ from benchmarks.workload import Batches, Workload
 def sparse_adam(work: Workload, data: Batches) -> Side:
     """PyTorch's lazy Adam."""
     torch = importlib.import_module("torch")
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     weights = [
         torch.nn.Parameter(torch.ones(work.num_rows, work.dim))
         for _ in range(work.tables)
@@ -47,7 +53,7 @@ def fbgemm(optimizer: str) -> Callable[[Workload, Batches], Side]:
 
     def make(work: Workload, data: Batches) -> Side:
         torch = importlib.import_module("torch")
-        torch.set_num_threads(2)
+        torch.set_num_threads(1)
         package = "fbgemm_gpu.split_table_batched_embeddings_ops"
         common = importlib.import_module(f"{package}_common")
         training = importlib.import_module(f"{package}_training")

@@ -2,7 +2,7 @@
 
 Every step is timed until its results are ready, the sides take turns in one process,
 and the gradients of the looked-up rows are ready before the clock starts. What is
-timed, with two threads each:
+timed:
 
 - ours: summing duplicates, the optimizer and `optax.apply_updates`, jitted and donated.
   A dense step sums the rows into a table of zeros, as JAX's own gradient does, and
