@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
 from monolith_optax._leaves import dtype_of
+from monolith_optax._shardings import explicit_sharding
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,4 @@ def _full_rows(param: Any, start: ArrayLike, dtype: DTypeLike) -> jax.Array:
     if not traced:
         return jnp.full(shape, start, dtype, device=rows)
     full = jnp.full(shape, start, dtype)
-    if AxisType.Explicit in sharding.mesh.axis_types:
-        full = jax.sharding.reshard(full, rows)
-    return full
+    return jax.sharding.reshard(full, rows) if explicit_sharding(param) else full

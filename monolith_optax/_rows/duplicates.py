@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from monolith_optax._rows.shardings import explicit_sharding, replicated, rows_sharding
+from monolith_optax._shardings import explicit_sharding, replicated, rows_sharding
 
 
 def sum_duplicates(

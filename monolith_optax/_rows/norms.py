@@ -10,8 +10,8 @@ from monolith_optax._rows.duplicates import (
     one_position,
     sum_rows,
 )
-from monolith_optax._rows.shardings import replicated
 from monolith_optax._rows.slices import RowSlices, is_slices
+from monolith_optax._shardings import replicated
 
 
 def global_norm(tree: Any) -> jax.Array:

@@ -12,9 +12,9 @@ from monolith_optax._leaves import describe, dtype_of
 from monolith_optax._rows.jaxprs import trace
 from monolith_optax._rows.opaque_ids import int32_ids
 from monolith_optax._rows.program import Runner
-from monolith_optax._rows.shardings import explicit_sharding, replicated
 from monolith_optax._rows.tables import Table
 from monolith_optax._rows.values import MixesRowsError, Rows, Value
+from monolith_optax._shardings import explicit_sharding, replicated
 
 
 def reset_rows(

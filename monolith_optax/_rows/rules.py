@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from monolith_optax._rows.jaxprs import Equation, bind, type_of
-from monolith_optax._rows.shardings import without_row_axis
+from monolith_optax._shardings import without_row_axis
 
 
 class Plan(NamedTuple):

@@ -12,7 +12,7 @@ from jax.typing import ArrayLike, DTypeLike
 from monolith_optax._public import public
 from monolith_optax._rows.duplicates import add_rows, at_least_float32
 from monolith_optax._rows.opaque_ids import int32_ids, is_opaque, opaque, plain
-from monolith_optax._rows.shardings import replicated
+from monolith_optax._shardings import replicated
 
 
 @public("monolith_optax")

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from monolith_optax._rows.duplicates import is_beyond
-from monolith_optax._rows.shardings import explicit_sharding, rows_sharding
+from monolith_optax._shardings import explicit_sharding, rows_sharding
 
 
 class Table:

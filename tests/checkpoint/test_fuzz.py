@@ -62,6 +62,9 @@ class Memory:
     def __str__(self):
         return "memory"
 
+    def is_file(self):
+        return True
+
     def stat(self):
         return SimpleNamespace(st_size=len(self.data))
 

@@ -48,6 +48,7 @@ def test_train_linear_quickly_with_one_optimizer(tmp_path):
 
 
 @pytest.mark.parametrize("options", [["--steps", "0"], ["--optimizer", "sgd"]])
+@pytest.mark.slow
 def test_train_linear_refuses_bad_options(options):
     result = run("train_linear.py", *options)
     assert result.returncode == 2
@@ -131,6 +132,7 @@ def test_train_recommender_splits_the_ratings_of_each_user_by_time():
         assert (earlier.max() <= later.min()).all()
 
 
+@pytest.mark.slow
 def test_train_recommender_refuses_bad_options():
     result = run("train_recommender.py", "--batch-size", "0")
     assert result.returncode == 2

@@ -115,7 +115,7 @@ def off(actual, expected):
     return max(float(np.max(np.abs(a - b))) for a, b in pairs)
 
 
-@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize("dense", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_scalar_c_is_on_every_device(dense):
     worker.train("compact_c", dense, jax.devices())
 

@@ -92,7 +92,6 @@ ROWS = {
         embedding.adagrad,
         nonnegative=("initial_accumulator_value", "weight_decay_factor"),
         learning_rate=0.5,
-        samples=("",),
         variants={
             "": {},
             "bugs": {"bug_compatible": True, "weight_decay_factor": 1e-4},

@@ -373,7 +373,10 @@ def test_cond_takes_either_state(variant, params):
 
 @pytest.mark.parametrize(
     ("dtype", "grad_dtype"),
-    [(f, f) for f in FLOATS] + list(zip(FLOATS, OTHERS, strict=True)),
+    [
+        *zip(FLOATS, OTHERS, strict=True),
+        *(pytest.param(f, f, marks=pytest.mark.slow) for f in FLOATS),
+    ],
 )
 def test_dtypes_are_stable(variant, params, dtype, grad_dtype):
     with jax.enable_x64("float64" in (dtype, grad_dtype)):

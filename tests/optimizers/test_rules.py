@@ -7,6 +7,7 @@ import numpy as np
 import optax
 import oracle
 import pytest
+from choosing import sampled
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -106,7 +107,7 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", sampled(WAYS, "scan", "one program"))
 @pytest.mark.parametrize(
     "options",
     [{}, {"use_v2": True}, {"weight_decay": 0.1}, {"slot_dtype": jnp.bfloat16}],

@@ -125,7 +125,12 @@ def loss_of(lookup):
     return loss
 
 
-SLOW = ("rows on both sides", "last row scaled", "row shifted", "row beyond set")
+SLOW = (
+    *("rows on both sides", "last row scaled", "row shifted", "row beyond set"),
+    *("small ids", "wide ids", "take, clip", "take, fill 0", "get, drop", "vmap twice"),
+    *("vmap, take", "columns backwards", "one-hot rank", "softmax", "activated"),
+    *("scaled columns", "column first", "column of image"),
+)
 
 
 @pytest.mark.parametrize(

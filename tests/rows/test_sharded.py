@@ -76,7 +76,7 @@ def data():
     ("make", "mesh_name", "batch_spec"),
     [
         (adamom, "rows", PartitionSpec("x")),
-        (rmsprop, "rows", PartitionSpec()),
+        pytest.param(rmsprop, "rows", PartitionSpec(), marks=pytest.mark.slow),
         pytest.param(
             *(adamom, "rows_and_columns", PartitionSpec("x")), marks=pytest.mark.slow
         ),
