@@ -109,15 +109,15 @@ def ratio_bars(results: Any) -> Any:
         padding=3,
         bbox={"facecolor": "white", "edgecolor": "none", "pad": 0},
     )
-    for place, pair in enumerate(pairs):
+    for height, pair in enumerate(pairs):
         tables = f"{pair.tables} table{'s' * (pair.tables > 1)}"
-        axes.text(0.01, place - 0.3, f"{pair.peer}, {tables}")
-    axes.axvline(1, color="black", linewidth=1.5)
+        axes.text(0.01, height - 0.3, f"{pair.peer}, {tables}")
+    axes.axvline(1, color="gray", linewidth=2, zorder=0)
     axes.invert_yaxis()
-    axes.set_xlim(0, 1.5 * max(1, *values))
+    axes.set_xlim(0, 1.65 * max(1, *values))
     axes.set_yticks([])
     axes.set_xlabel("\n".join(dict.fromkeys(pair.what for pair in pairs)))
-    axes.set_title("Our time as a share of the peer's, same optimizer", loc="left")
+    axes.set_title("Our time / a peer's with the same optimizer", loc="left")
     return figure
 
 
