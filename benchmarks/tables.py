@@ -1,7 +1,7 @@
-"""Writes the figures of docs/benchmarks.json into README.md and docs/speed.md.
+"""Writes the figures of docs/benchmarks.json into docs/speed.md.
 
 `python -m benchmarks.tables` fills what stands between `<!-- benchmarks: NAME -->` and
-`<!-- end -->`; with `--check` it changes nothing and fails if a file is not up to date.
+`<!-- end -->`; with `--check` it changes nothing and fails if the page is out of date.
 """
 
 import argparse
@@ -15,25 +15,24 @@ from benchmarks import ROOT
 from benchmarks.results import cases, markdown, ratios, text
 
 RESULTS = ROOT / "docs" / "benchmarks.json"
-FILES = [ROOT / "README.md", ROOT / "docs" / "speed.md"]
+PAGE = ROOT / "docs" / "speed.md"
 MARKED = re.compile(r"(<!-- benchmarks: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def main() -> None:
-    """Fills the files, or checks them."""
+    """Fills the page, or checks it."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tables")
     parser.add_argument("--check", action="store_true", help="change nothing")
     check = parser.parse_args().check
     results = json.loads(RESULTS.read_text())
-    for path in FILES:
-        before = path.read_text()
-        after = filled(before, results)
-        if check and after != before:
-            sys.exit(
-                f"{path.name} does not have the figures of {RESULTS.name}: run "
-                "python -m benchmarks.tables."
-            )
-        path.write_text(after)
+    before = PAGE.read_text()
+    after = filled(before, results)
+    if check and after != before:
+        sys.exit(
+            f"{PAGE.name} does not have the figures of {RESULTS.name}: run "
+            "python -m benchmarks.tables."
+        )
+    PAGE.write_text(after)
 
 
 def filled(page: str, results: Any) -> str:
