@@ -13,6 +13,7 @@ import pytest
 import monolith_optax
 
 PACKAGE = Path(monolith_optax.__file__).parent
+API = Path(__file__).parents[1] / "docs" / "api.md"
 MODULES = (
     monolith_optax,
     monolith_optax.checkpoint,
@@ -64,6 +65,17 @@ def test_public_name(module, name):
         runner = doctest.DocTestRunner()
         for test in doctest.DocTestFinder().find(value, name, globs={name: value}):
             assert runner.run(test).failed == 0
+
+
+@pytest.mark.skipif(not API.exists(), reason="a source distribution has no docs")
+def test_the_reference_has_all_public_names_and_no_others():
+    names = re.findall(
+        r"^(?::::|##) (monolith_optax\S*)$", API.read_text(), re.MULTILINE
+    )
+    public = {
+        f"{module.__name__}.{name}" for module in MODULES for name in module.__all__
+    }
+    assert sorted(names) == sorted(public | {"monolith_optax"})
 
 
 def test_names_that_are_not_there():
