@@ -2,6 +2,7 @@
 
 import os
 import random
+import signal
 from importlib.util import find_spec
 
 import jax
@@ -14,6 +15,10 @@ jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS", "cpu"))
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Shells start background commands with SIGINT ignored, and so would be the processes
+# that tests start and interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Examples that trace and compile have no meaningful deadline on a shared machine.
 settings.register_profile("default", deadline=None, derandomize=True)
