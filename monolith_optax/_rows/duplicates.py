@@ -33,13 +33,13 @@ def sum_duplicates(
     check_size(num_rows, len(ids))
     positions = one_position(ids, (ids >= 0) & (ids < num_rows))
     here = jnp.arange(len(ids), dtype=jnp.int32)
-    distinct = jnp.where(positions == here, ids, _LAST_ID - here)
+    distinct = jnp.where(positions == here, ids, LAST_ID - here)
     return distinct, sum_rows(positions, rows, row_shape)
 
 
 def is_beyond(distinct: jax.Array) -> jax.Array:
     """Which of the ids of `sum_duplicates` stand for no row of their table."""
-    return distinct > _LAST_ID - len(distinct)
+    return distinct > LAST_ID - len(distinct)
 
 
 def sum_rows(
@@ -132,7 +132,8 @@ def _within(array: jax.Array, indices: jax.Array) -> jax.Array:
     return array.at[indices].get(mode="promise_in_bounds", wrap_negative_indices=False)
 
 
-_LAST_ID = np.iinfo(np.int32).max
+# Beyond every table, as `check_size` holds.
+LAST_ID = np.iinfo(np.int32).max
 
 # 2**32 divided by the golden ratio: its odd multiples hash neighbours far apart.
 _GOLDEN = np.uint32(2654435769)

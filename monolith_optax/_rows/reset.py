@@ -9,6 +9,7 @@ import optax
 from jax.tree_util import keystr
 
 from monolith_optax._leaves import describe, dtype_of
+from monolith_optax._rows.duplicates import LAST_ID
 from monolith_optax._rows.jaxprs import trace
 from monolith_optax._rows.opaque_ids import int32_ids
 from monolith_optax._rows.program import Runner
@@ -115,7 +116,7 @@ def _table(name: str, weights: Any, ids: Any) -> Table:
         )
     ids, num_rows = replicated(int32_ids(ids)), len(weights)
     valid = (ids >= 0) & (ids < num_rows)
-    return Table(name, num_rows, jnp.where(valid, ids, num_rows))
+    return Table(name, num_rows, jnp.where(valid, ids, LAST_ID))
 
 
 def _new_rows(table: Table, weights: Any, start: Any) -> jax.Array:

@@ -15,7 +15,8 @@ class Table:
       name: the path of the table in the parameters.
       num_rows: how many rows the table has.
       ids: for each position in the batch a row id, no two of them the same. Positions
-        of padding and of further occurrences of an id have ids beyond the table.
+        of padding and of further occurrences of an id have ids beyond the table, for
+        which `is_beyond` holds.
     """
 
     def __init__(self, name: str, num_rows: int, ids: jax.Array) -> None:

@@ -12,6 +12,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from registry import VARIANTS
 
 from monolith_optax import IdMap, adamom, embedding, lazy_rows, reset_rows
+from monolith_optax._rows.reset import _table
 
 ROWS = [40, 3, -1, NUM_ROWS, 0, -(2**31), 7]
 RESET = np.isin(np.arange(NUM_ROWS), [40, 3, 0, 7])
@@ -273,3 +274,8 @@ def test_a_scalar_has_no_rows():
         reset_rows(
             adamom(), params, adamom().init(params), {"scale": jnp.array([0])}, 0.0
         )
+
+
+def test_padding_is_not_among_the_rows_of_a_table():
+    ids = jnp.array([1, -1, 7])
+    assert _table("t", jnp.ones((5, 2)), ids).valid.tolist() == [True, False, False]
