@@ -28,10 +28,12 @@ netns add {THERE}
 -n {HERE} route add unreachable 10.98.0.0/16
 """
 SERVER = """
-import socket, time
-with socket.create_server(("::", 2222), family=socket.AF_INET6, dualstack_ipv6=True):
+import socket
+address = "::", 2222
+with socket.create_server(address, family=socket.AF_INET6, dualstack_ipv6=True) as up:
     print("up", flush=True)
-    time.sleep(600)
+    while True:  # a server whose queue is full is silent
+        up.accept()[0].close()
 """
 NEIGHBOURS_MET = """
 import asyncio
