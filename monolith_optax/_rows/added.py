@@ -1,4 +1,4 @@
-"""Lookups with something added to the rows that it takes."""
+"""Lookups with something added to the rows that they take."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -1,6 +1,7 @@
 """The command line of checkpoints: called in this process, and as a program."""
 
 import contextlib
+import functools
 import json
 import os
 import pty
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from checkpoints import prefix, truth
+from command_lines import caller, start
 from tensor_files import tensor, write
 
 import monolith_optax
@@ -22,24 +24,12 @@ COMMAND = [sys.executable, "-m", "monolith_optax.checkpoint"]
 TABLES = "tests/data/hash_tables/single/model.ckpt-1200.assets"
 
 
+program = functools.partial(start, COMMAND)
+
+
 @pytest.fixture
 def run(capsys):
-    """Runs the command line; returns its exit status, output and errors."""
-
-    def run(*arguments):
-        try:
-            status = command_line.main([str(argument) for argument in arguments])
-        except SystemExit as exit_:
-            status = exit_.code
-        return status, *capsys.readouterr()
-
-    return run
-
-
-def program(*arguments, **options):
-    """Starts the command line as a program."""
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen([*COMMAND, *arguments], text=True, **(pipes | options))
+    return caller(command_line.main, capsys)
 
 
 def test_show(run):

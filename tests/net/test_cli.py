@@ -1,5 +1,6 @@
 """The node checker's command line: called in this process, and as a program."""
 
+import functools
 import json
 import os
 import pty
@@ -12,6 +13,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from command_lines import caller, start
 
 import monolith_optax
 from monolith_optax.net import __main__ as command_line
@@ -19,24 +21,12 @@ from monolith_optax.net import __main__ as command_line
 COMMAND = [sys.executable, "-m", "monolith_optax.net"]
 
 
+program = functools.partial(start, COMMAND)
+
+
 @pytest.fixture
 def run(capsys):
-    """Runs the command line; returns its exit status, output and errors."""
-
-    def run(*arguments):
-        try:
-            status = command_line.main([str(argument) for argument in arguments])
-        except SystemExit as exit_:
-            status = exit_.code
-        return status, *capsys.readouterr()
-
-    return run
-
-
-def program(*arguments, **options):
-    """Starts the command line as a program."""
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen([*COMMAND, *arguments], text=True, **(pipes | options))
+    return caller(command_line.main, capsys)
 
 
 @pytest.fixture
