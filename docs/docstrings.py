@@ -30,20 +30,15 @@ def markdown(text: str) -> str:
       By \(x^2\) of [Monolith](https://arxiv.org).
     """
     text = re.sub(r"^\.\. math::\n\n((?:  .*\n|\n)+)", _display, text, flags=re.M)
-    text = re.sub(r":math:`([^`]+)`", lambda match: f"\\({_upright(match[1])}\\)", text)
+    text = re.sub(r":math:`([^`]+)`", r"\\(\1\\)", text)
     text = re.sub(r"`([^`<>]+?)\s+<(https?://[^>]+)>`_", _link, text)
     # Google's other title is an admonition to griffe, whose `>>>` would be quotations.
     return re.sub(r"^Example:$", "Examples:", text, flags=re.M)
 
 
 def _display(match: re.Match[str]) -> str:
-    formula = _upright(textwrap.dedent(match[1]).strip())
-    return f"\\[\n\\begin{{aligned}}\n{formula}\n\\end{{aligned}}\n\\]\n\n"
-
-
-def _upright(formula: str) -> str:
-    """Without text mode, where MathJax shows the backslash of an underscore."""
-    return formula.replace(r"\text{", r"\mathrm{")
+    formula = textwrap.dedent(match[1]).strip()
+    return f"\\[\n\\begin{{split}}\n{formula}\n\\end{{split}}\n\\]\n\n"
 
 
 def _link(match: re.Match[str]) -> str:
