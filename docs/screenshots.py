@@ -1,7 +1,8 @@
 """Takes the pictures in docs/screenshots: the README, and pages of the built site.
 
-It needs Chromium, GitHub's style sheet, and `pip install -e ".[docs]" playwright pillow`:
+It needs Chromium, GitHub's style sheet, and the packages that are installed here:
 
+  pip install -e ".[docs]" playwright pillow
   mkdocs build
   npm pack github-markdown-css && tar -xf github-markdown-css-*.tgz -C build
   python docs/screenshots.py /usr/bin/chromium build/package/github-markdown.css
