@@ -1,7 +1,8 @@
 """What `mkdocs.yml` has done to the site beyond its plugins.
 
 Formulas become MathML while the site is built, so that readers' browsers need no script
-for them. And no page may fetch anything from another host.
+for them. Pictures lead to their full size, for phones. And no page may fetch anything
+from another host.
 """
 
 import html
@@ -16,16 +17,18 @@ from mkdocs.exceptions import PluginError
 FORMULA = re.compile(
     r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL
 )
-# Links that readers follow are free to go anywhere.
+PICTURE = re.compile(r'<p>(<img [^>]*src="([^"]+)"[^>]*>)</p>')
+# Links that readers follow are free to go anywhere, and nobody fetches a canonical one.
 FETCHED = re.compile(
-    r"""<(?!a\s)[^>]*\s(?:src|srcset|href|poster|data)=["']?(?:https?:)?//[^>]*>"""
-    r"""|(?:@import|url\()\s*["']?(?:https?:)?//[^)]*"""
+    r"""<(?!a\s|link rel="canonical")[^>]*\s(?:src|srcset|href|poster|data)="""
+    r"""["']?(?:https?:)?//[^>]*>|(?:@import|url\()\s*["']?(?:https?:)?//[^)]*"""
 )
 
 
 def on_page_content(content: str, **kwargs: Any) -> str:
     """Called by MkDocs with the HTML of each page."""
     del kwargs
+    content = PICTURE.sub(r'<p><a href="\2">\1</a></p>', content)
     return FORMULA.sub(_mathml, content)
 
 
