@@ -106,9 +106,10 @@ def one_position(ids: jax.Array, valid: jax.Array) -> jax.Array:
     """
     if len(ids) > MOST_PAIRS:
         return _by_hashing(ids, valid)
-    return jax.lax.platform_dependent(
+    positions: jax.Array = jax.lax.platform_dependent(
         ids, valid, cuda=_by_pairs, rocm=_by_pairs, default=_by_hashing
     )
+    return positions
 
 
 def _by_hashing(ids: jax.Array, valid: jax.Array) -> jax.Array:
