@@ -63,7 +63,7 @@ def machine(results: Any) -> str:
 def same_optimizer(results: Any) -> str:
     """Our time and that of each peer with the same optimizer."""
     return markdown(
-        ["peer", "", "ours", "ms", "peer's ms", "ratio"],
+        ["peer", "size", "ours", "ms", "peer's ms", "ratio"],
         [
             [
                 pair.peer,
@@ -133,7 +133,7 @@ def pivot(
     sides = dict.fromkeys(side for side, _ in cells)
     titles = dict.fromkeys(title for _, title in cells)
     return markdown(
-        ["", *titles],
+        ["timed", *titles],
         [[side, *(cells.get((side, title), "") for title in titles)] for side in sides],
     )
 
