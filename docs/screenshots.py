@@ -43,7 +43,8 @@ def readme(style: str) -> str:
         extension_configs={"pymdownx.highlight": {"noclasses": True}},
     )
     layout = ".markdown-body { max-width: 1012px; margin: auto; padding: 32px }"
-    return f'<style>{style}{layout}</style><body class="markdown-body">{body}'
+    head = f'<meta charset="utf-8"><style>{style}{layout}</style>'
+    return f'{head}<body class="markdown-body">{body}'
 
 
 def take(browser: Browser, url: str, name: str, scheme: str, page: str = "") -> None:
