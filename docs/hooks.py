@@ -1,8 +1,8 @@
 """What `mkdocs.yml` has done to the site beyond its plugins.
 
 Formulas become MathML while the site is built, so that readers' browsers need no script
-for them. Pictures lead to their full size, for phones. And no page may fetch anything
-from another host.
+for them. Pictures lead to their full size, for phones, and long names may break where
+they have parts. No page may fetch anything from another host.
 """
 
 import html
@@ -17,6 +17,7 @@ from mkdocs.exceptions import PluginError
 FORMULA = re.compile(
     r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL
 )
+LONG_NAME = re.compile(r"(?<=<code>)[^<\s]{28,}(?=</code>)")
 PICTURE = re.compile(r'<p>(<img [^>]*src="([^"]+)"[^>]*>)</p>')
 # Links that readers follow are free to go anywhere, and nobody fetches a canonical one.
 FETCHED = re.compile(
@@ -29,6 +30,7 @@ def on_page_content(content: str, **kwargs: Any) -> str:
     """Called by MkDocs with the HTML of each page."""
     del kwargs
     content = PICTURE.sub(r'<p><a href="\2">\1</a></p>', content)
+    content = LONG_NAME.sub(_breakable, content)
     return FORMULA.sub(_mathml, content)
 
 
@@ -38,6 +40,10 @@ def on_post_build(config: Any) -> None:
     for path in (*site.rglob("*.html"), *site.rglob("*.css")):
         if found := FETCHED.search(path.read_text()):
             raise PluginError(f"{path} would fetch from another host: {found[0]}")
+
+
+def _breakable(match: re.Match[str]) -> str:
+    return re.sub(r"(?<=[_/.:])(?=\w)", "<wbr>", match[0])
 
 
 def _mathml(match: re.Match[str]) -> str:
