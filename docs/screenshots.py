@@ -4,7 +4,8 @@ It needs Chromium, GitHub's style sheet, and the packages that are installed her
 
   pip install -e ".[docs]" playwright pillow
   mkdocs build
-  npm pack github-markdown-css && tar -xf github-markdown-css-*.tgz -C build
+  npm pack github-markdown-css --pack-destination build
+  tar -xf build/github-markdown-css-*.tgz -C build
   python docs/screenshots.py /usr/bin/chromium build/package/github-markdown.css
 """
 
