@@ -20,8 +20,11 @@ SAME = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 class ConsoleBlockParser(CodeBlockParser):
     """Finds blocks with commands of this package, and runs these commands.
 
-    The output must be that of the block, except times in milliseconds and whitespace.
-    If the block shows none, the command must succeed.
+    The output must be that of the block, except times in milliseconds and whitespace;
+    standard error counts if there is no other. If the block shows none, the command
+    must succeed. Skip what cannot be run: `<!-- skip: next "it needs a cluster" -->`.
+
+    `CONSOLE_PORTS` of the document maps the ports that it shows to those in use.
     """
 
     language = "console"
@@ -60,18 +63,20 @@ def run(command, expected, folder):
         shell=True,
         cwd=folder,
         env=os.environ | {"PATH": path, "COLUMNS": "96", "JAX_PLATFORMS": "cpu"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
+        capture_output=True,
         text=True,
         check=False,
     )
+    # TensorFlow writes about its own start to standard error.
+    output = result.stdout or result.stderr
     if not expected.strip():
-        return result.stdout if result.returncode else None
+        status = result.returncode
+        return f"ends with status {status}: {result.stderr}" if status else None
     checker = doctest.OutputChecker()
     expected = re.sub(r"[\d.]+ ms", "... ms", expected)
-    if checker.check_output(expected, result.stdout, SAME):
+    if checker.check_output(expected, output, SAME):
         return None
-    return checker.output_difference(doctest.Example("", expected), result.stdout, SAME)
+    return checker.output_difference(doctest.Example("", expected), output, SAME)
 
 
 def folder_with_checkpoints():
