@@ -20,6 +20,7 @@ from registry import VARIANTS
 from benchmarks.measure import Side
 
 RATE = 1e-3
+ON_GPU = jax.default_backend() == "gpu"
 OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {
     name: functools.partial(variant.make, learning_rate=RATE)
     for name, variant in VARIANTS.items()
@@ -66,7 +67,7 @@ class Step:
 
 
 def torch_adam(params: Any, gradients: Any) -> Side:
-    """PyTorch's fused Adam."""
+    """PyTorch's fused Adam, on JAX's device."""
     torch = importlib.import_module("torch")
     # On small leaves, waking a second thread costs more than the step.
     small = all(leaf.size < 10_000 for leaf in jax.tree.leaves(params))
@@ -76,15 +77,37 @@ def torch_adam(params: Any, gradients: Any) -> Side:
         jax.tree.leaves(params), jax.tree.leaves(gradients), strict=True
     ):
         dtype = getattr(torch, param.dtype.name)
-        leaf = torch.nn.Parameter(torch.from_numpy(_float32(param)).to(dtype))
-        leaf.grad = torch.from_numpy(_float32(gradient)).to(dtype)
+        leaf, leaf.grad = (
+            torch.from_numpy(_float32(array)).to(torch_device(), dtype)
+            for array in (param, gradient)
+        )
         leaves.append(leaf)
     optimizer = torch.optim.Adam(leaves, lr=RATE, fused=True)
-    return lambda: optimizer.step
+    return lambda: torch_ready(optimizer.step)
+
+
+def torch_device() -> str:
+    """PyTorch's name of JAX's device."""
+    return "cuda" if ON_GPU else "cpu"
+
+
+def torch_ready(run: Callable[[], object]) -> Callable[[], object]:
+    """What runs and waits for its results, as on CPU everything does."""
+    if not ON_GPU:
+        return run
+    torch = importlib.import_module("torch")
+    torch.cuda.synchronize()
+
+    def run_and_wait() -> None:
+        run()
+        torch.cuda.synchronize()
+
+    return run_and_wait
 
 
 def tensorflow_adam(params: Any, gradients: Any) -> Side:
     """TensorFlow's Adam kernel, on every variable."""
+    only_on_cpu()
     tf = importlib.import_module("tensorflow")
     variables, slots, constants = [], [], []
     for param, gradient in zip(
@@ -117,6 +140,12 @@ def tensorflow_adam(params: Any, gradients: Any) -> Side:
     return lambda: lambda: step(constants)
 
 
+def only_on_cpu() -> None:
+    """Leaves out a peer that here has no kernel for a GPU."""
+    if ON_GPU:
+        raise ImportError("it is compared on CPU only.")
+
+
 def _float32(array: Any) -> np.ndarray:
     return np.array(array, np.float32)
 
@@ -138,4 +167,6 @@ def peers(params: Any, gradients: Any) -> dict[str, Side]:
 def copy(num_bytes: int) -> Step:
     """A step that reads and writes each number once, and so moves that many bytes."""
     flip = optax.stateless(lambda _, params: -2 * params)
-    return Step(flip, jnp.ones(max(num_bytes // 8, 1)), None)
+    # On a GPU, XLA moves one number at a time where their count is not a multiple of 4.
+    size = max(num_bytes // 8 // 1024, 1) * 1024
+    return Step(flip, jnp.ones(size), None)

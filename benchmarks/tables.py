@@ -1,7 +1,7 @@
-"""Writes the figures of docs/benchmarks.json into docs/speed.md.
+"""Writes the figures of published runs into the pages on speed.
 
 `python -m benchmarks.tables` fills what stands between `<!-- benchmarks: NAME -->` and
-`<!-- end -->`; with `--check` it changes nothing and fails if the page is out of date.
+`<!-- end -->`; with `--check` it changes nothing and fails if a page is out of date.
 """
 
 import argparse
@@ -14,25 +14,26 @@ from typing import Any
 from benchmarks import ROOT
 from benchmarks.results import cases, markdown, ratios, text
 
-RESULTS = ROOT / "docs" / "benchmarks.json"
-PAGE = ROOT / "docs" / "speed.md"
+DOCS = ROOT / "docs"
+RESULTS = DOCS / "benchmarks.json"
+PAGES = {DOCS / "speed.md": RESULTS, DOCS / "gpu.md": DOCS / "benchmarks_gpu.json"}
 MARKED = re.compile(r"(<!-- benchmarks: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def main() -> None:
-    """Fills the page, or checks it."""
+    """Fills the pages, or checks them."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tables")
     parser.add_argument("--check", action="store_true", help="change nothing")
     check = parser.parse_args().check
-    results = json.loads(RESULTS.read_text())
-    before = PAGE.read_text()
-    after = filled(before, results)
-    if check and after != before:
-        sys.exit(
-            f"{PAGE.name} does not have the figures of {RESULTS.name}: run "
-            "python -m benchmarks.tables."
-        )
-    PAGE.write_text(after)
+    for page, results in PAGES.items():
+        before = page.read_text()
+        after = filled(before, json.loads(results.read_text()))
+        if check and after != before:
+            sys.exit(
+                f"{page.name} does not have the figures of {results.name}: run "
+                "python -m benchmarks.tables."
+            )
+        page.write_text(after)
 
 
 def filled(page: str, results: Any) -> str:
