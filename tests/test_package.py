@@ -84,7 +84,8 @@ def test_names_that_are_not_there():
 
 
 def test_version_and_types_are_in_the_distribution():
-    assert importlib.metadata.version("monolith_optax") == monolith_optax.__version__
+    installed = importlib.metadata.version("monolith_optax")
+    assert installed == monolith_optax.__version__, "run pip install -e . again"
     assert (PACKAGE / "py.typed").exists()
 
 
