@@ -1,6 +1,7 @@
 """The examples, run as a reader would run them."""
 
 import itertools
+import json
 import re
 import runpy
 import subprocess
@@ -180,3 +181,11 @@ def test_train_recommender_refuses_bad_options():
     result = run("train_recommender.py", "--batch-size", "0")
     assert result.returncode == 2
     assert "--batch-size must be at least 1, not 0" in result.stderr
+
+
+def test_the_notebook_is_committed_without_outputs():
+    notebook = json.loads((EXAMPLES / "recommender.ipynb").read_text())
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert cells
+    for cell in cells:
+        assert (cell["outputs"], cell["execution_count"]) == ([], None), cell["id"]
