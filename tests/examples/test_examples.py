@@ -189,3 +189,16 @@ def test_the_notebook_is_committed_without_outputs():
     assert cells
     for cell in cells:
         assert (cell["outputs"], cell["execution_count"]) == ([], None), cell["id"]
+
+
+def test_the_gallery_shows_lines_of_the_examples():
+    page = (EXAMPLES.parent / "docs" / "gallery.md").read_text()
+    pattern = r"(?s)`examples/(\w+\.py)`(?:(?!```).)*```python\n(.*?)```"
+    shown = re.findall(pattern, page)
+    assert len(shown) == page.count("```python") > 0
+    for name, lines in shown:
+        assert unindented(lines) in unindented((EXAMPLES / name).read_text()), name
+
+
+def unindented(text):
+    return "\n".join(map(str.strip, text.splitlines()))
