@@ -7,6 +7,7 @@ from importlib.util import find_spec
 
 import jax
 import pytest
+from console_blocks import ConsoleBlockParser, folder_with_checkpoints
 from hypothesis import settings
 from sybil import Sybil
 from sybil.parsers.markdown import PythonCodeBlockParser, SkipParser
@@ -42,8 +43,15 @@ def pytest_report_header(config):
 # They belong to the site, which has requirements of its own.
 collect_ignore_glob = ["docs/*.py"]
 
+
+def prepare_document(namespace):
+    namespace["find_spec"] = find_spec  # to skip by
+    namespace["CONSOLE_FOLDER"] = folder_with_checkpoints()
+
+
 pytest_collect_file = Sybil(
-    parsers=[PythonCodeBlockParser(), SkipParser()],
+    parsers=[PythonCodeBlockParser(), ConsoleBlockParser(), SkipParser()],
     patterns=["README.md", "docs/*.md"],
-    setup=lambda namespace: namespace.update(find_spec=find_spec),  # to skip by
+    setup=prepare_document,
+    teardown=lambda namespace: namespace["CONSOLE_FOLDER"].cleanup(),
 ).pytest()

@@ -103,21 +103,27 @@ def train(
 
 
 def plot(curves: dict[str, list[tuple[int, float]]], best: float, path: str) -> None:
-    """Draws each curve as its distance from the least-squares error."""
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    for name, curve in curves.items():
-        number, loss = np.transpose(curve)
-        axes.plot(number, 100 * (loss / best - 1), label=name)
-    axes.axhline(1.0, color="gray", linestyle=":", label="1 % above")
-    axes.set(
-        yscale="log",
-        xlabel="step",
-        ylabel="training error above least squares",
-        title="Linear regression on the diabetes data set",
+    """Draws each curve, as its distance from least squares, in front of the others."""
+    figure, panels = plt.subplots(
+        1,
+        len(curves),
+        sharex=True,
+        sharey=True,
+        squeeze=False,
+        figsize=(2 + 2.5 * len(curves), 4),
+        layout="constrained",
     )
-    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g} %"))
-    axes.legend()
-    figure.savefig(path, dpi=120)
+    for axes, name in zip(panels.flat, curves, strict=True):
+        for other in [*curves, name]:  # its own once more, on top
+            number, loss = np.transpose(curves[other])
+            color = "C0" if other == name else "lightgray"
+            axes.plot(number, 100 * (loss / best - 1), color=color)
+        axes.axhline(1.0, color="black", linestyle=":")
+        axes.set(yscale="log", xlabel="step", title=name)
+    panels[0, 0].set_ylabel("training error above least squares")
+    panels[0, 0].yaxis.set_major_formatter(StrMethodFormatter("{x:g}%"))
+    figure.suptitle("Linear regression on the diabetes data set")
+    figure.savefig(path, dpi=100)
     plt.close(figure)
 
 

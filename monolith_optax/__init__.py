@@ -7,7 +7,7 @@ loads neither JAX nor optax and touches no device. `__init__.pyi` lists them.
 import ast
 import pkgutil
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 def _exports() -> dict[str, str]:

@@ -7,8 +7,6 @@ import subprocess
 
 import pytest
 
-pytest.importorskip("benchmarks", reason="a source distribution has no benchmarks")
-
 from benchmarks import ROOT, tables
 from benchmarks.baseline import slower
 from benchmarks.measure import Case, commit

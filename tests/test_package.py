@@ -13,7 +13,8 @@ import pytest
 import monolith_optax
 
 PACKAGE = Path(monolith_optax.__file__).parent
-API = Path(__file__).parents[1] / "docs" / "api.md"
+ROOT = Path(__file__).parents[1]
+API = ROOT / "docs" / "api.md"
 MODULES = (
     monolith_optax,
     monolith_optax.checkpoint,
@@ -67,7 +68,6 @@ def test_public_name(module, name):
             assert runner.run(test).failed == 0
 
 
-@pytest.mark.skipif(not API.exists(), reason="a source distribution has no docs")
 def test_the_reference_has_all_public_names_and_no_others():
     names = re.findall(
         r"^(?::::|##) (monolith_optax\S*)$", API.read_text(), re.MULTILINE
@@ -84,12 +84,20 @@ def test_names_that_are_not_there():
 
 
 def test_version_and_types_are_in_the_distribution():
-    assert importlib.metadata.version("monolith_optax") == monolith_optax.__version__
+    installed = importlib.metadata.version("monolith_optax")
+    assert installed == monolith_optax.__version__, "run pip install -e . again"
     assert (PACKAGE / "py.typed").exists()
 
 
+def test_the_citation_and_the_changelog_begin_with_this_version():
+    for name, line in ("CITATION.cff", "version: "), ("CHANGELOG.md", "## "):
+        text = (ROOT / name).read_text()
+        [version, *_] = re.findall(rf"^{line}(\S+)", text, re.MULTILINE)
+        assert version == monolith_optax.__version__, name
+
+
 def test_private_modules_of_optax_and_jax_are_imported_nowhere():
-    sources = [*PACKAGE.rglob("*.py"), *Path(__file__).parents[1].glob("*/**/*.py")]
+    sources = [*PACKAGE.rglob("*.py"), *ROOT.glob("*/**/*.py")]
     assert len(sources) > 10
     for source in sources:
         for node in ast.walk(ast.parse(source.read_text())):

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from monolith_optax._ids.arrays import DTYPES, problems
 from monolith_optax._ids.index import NOTHING, IdIndex
@@ -69,7 +70,9 @@ class IdMap:
         self._next_row = 1  # no row from here on has had an owner
         self._freed = np.zeros(0, np.int32)  # rows that had one, largest first
 
-    def assign(self, raw: Any, *, time: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    def assign(
+        self, raw: Any, *, time: int = 0
+    ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         """The rows of ids, after giving rows to those that are due.
 
         Ids get rows in the order in which they first appear in the batch, each the
@@ -155,7 +158,7 @@ class IdMap:
             new[: self._size] = old[: self._size]
             setattr(self, name, new)
 
-    def lookup(self, raw: Any) -> np.ndarray:
+    def lookup(self, raw: Any) -> NDArray[np.int32]:
         """The rows of ids; 0 for those that have none. Changes nothing.
 
         Args:
@@ -170,10 +173,10 @@ class IdMap:
         """
         ids = as_int64(raw)
         entries = self._index.find(ids.reshape(-1), self._ids)
-        rows: np.ndarray = np.maximum(self._rows[entries], 0)
+        rows: NDArray[np.int32] = np.maximum(self._rows[entries], 0)
         return rows.reshape(ids.shape)
 
-    def expire(self, *, before: int) -> np.ndarray:
+    def expire(self, *, before: int) -> NDArray[np.int32]:
         """Forgets the ids that were last seen before a time, and frees their rows.
 
         Ids that have no row yet and were not seen since are forgotten as well, with

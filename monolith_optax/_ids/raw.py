@@ -3,6 +3,7 @@
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 
 def as_int64(raw: Any) -> np.ndarray:
@@ -22,7 +23,7 @@ def as_int64(raw: Any) -> np.ndarray:
     )
 
 
-def split_ids(raw: Any, num_owners: int) -> list[np.ndarray]:
+def split_ids(raw: Any, num_owners: int) -> list[NDArray[np.int64]]:
     """Which ids of a batch belong to which owner, where `id mod num_owners` owns an id.
 
     The rule is that of Monolith's parameter servers: the remainder of the signed id,

@@ -1,6 +1,6 @@
 """Parameters plus updates of which some are RowSlices."""
 
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +10,10 @@ from jax.tree_util import keystr
 from monolith_optax._rows.duplicates import at_least_float32
 from monolith_optax._rows.slices import is_slices, row_axes
 
+Params = TypeVar("Params")
 
-def apply_updates(params: Any, updates: Any) -> Any:
+
+def apply_updates(params: Params, updates: Any) -> Params:
     """`optax.apply_updates`, which also adds `RowSlices` and rounds once.
 
     Sums are taken in float32, or in the dtype of the parameter if that is wider, and
@@ -64,6 +66,7 @@ def apply_updates(params: Any, updates: Any) -> Any:
         wide = at_least_float32(dtype)
         return (param.astype(wide) + jnp.asarray(update, wide)).astype(dtype)
 
-    return jax.tree_util.tree_map_with_path(
+    new: Params = jax.tree_util.tree_map_with_path(
         apply, updates, params, is_leaf=lambda node: node is None or is_slices(node)
     )
+    return new

@@ -1,13 +1,15 @@
 """Sums and means of gradients over devices, of which some are RowSlices."""
 
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 
 from monolith_optax._rows.slices import RowSlices, is_slices
 
+Tree = TypeVar("Tree")
 
-def psum(tree: Any, axis_name: Any) -> Any:
+
+def psum(tree: Tree, axis_name: Any) -> Tree:
     """`jax.lax.psum` of gradients of which some are `RowSlices`.
 
     Slices of all devices are concatenated, which is their sum: each device then has as
@@ -45,10 +47,11 @@ def psum(tree: Any, axis_name: Any) -> Any:
             _all_gather(leaf.ids.reshape(-1), axis_name), _all_gather(rows, axis_name)
         )
 
-    return jax.tree.map(total, tree, is_leaf=is_slices)
+    totals: Tree = jax.tree.map(total, tree, is_leaf=is_slices)
+    return totals
 
 
-def pmean(tree: Any, axis_name: Any) -> Any:
+def pmean(tree: Tree, axis_name: Any) -> Tree:
     """`jax.lax.pmean` of gradients of which some are `RowSlices`.
 
     Each device's gradient is that of the mean over its part of the batch. Their mean is
@@ -78,7 +81,8 @@ def pmean(tree: Any, axis_name: Any) -> Any:
             return jax.lax.pmean(leaf, axis_name)
         return psum(leaf, axis_name) / jax.lax.axis_size(axis_name)
 
-    return jax.tree.map(mean, tree, is_leaf=is_slices)
+    means: Tree = jax.tree.map(mean, tree, is_leaf=is_slices)
+    return means
 
 
 def _all_gather(array: jax.Array, axis_name: Any) -> jax.Array:

@@ -6,11 +6,10 @@ those of the rows.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from monolith_optax._rows import jaxprs
 from monolith_optax._rows.adding import add
@@ -20,10 +19,17 @@ from monolith_optax._rows.images import Leaf, whole
 from monolith_optax._rows.losses import Loss, trace
 from monolith_optax._rows.slices import RowSlices
 
+Params = TypeVar("Params")
+Others = ParamSpec("Others")
+Result = TypeVar("Result")
+
 
 def value_and_row_grad(
-    fun: Callable[..., Any], tables: Any = None, *, has_aux: bool = False
-) -> "ValueAndRowGrad":
+    fun: Callable[Concatenate[Params, Others], Result],
+    tables: Any = None,
+    *,
+    has_aux: bool = False,
+) -> "ValueAndRowGrad[Params, Others, Result]":
     """`jax.value_and_grad` in which the gradients of tables are `RowSlices`.
 
     JAX's gradient of `table[ids]` is as large as the table. Here the function is
@@ -80,23 +86,32 @@ def value_and_row_grad(
     return ValueAndRowGrad(fun, tables, has_aux)
 
 
-class ValueAndRowGrad:
+class ValueAndRowGrad(Generic[Params, Others, Result]):
     """The function that `value_and_row_grad` makes."""
 
-    def __init__(self, fun: Callable[..., Any], tables: Any, has_aux: bool) -> None:
+    def __init__(
+        self,
+        fun: Callable[Concatenate[Params, Others], Result],
+        tables: Any,
+        has_aux: bool,
+    ) -> None:
         self._fun, self._tables, self._has_aux = fun, tables, has_aux
 
+    # The gradients are Any, as JAX's are: their tree is that of params, but no type can
+    # say which of its leaves are slices.
     def __call__(
-        self, params: optax.Params, *args: Any, **kwargs: Any
-    ) -> tuple[Any, optax.Updates]:
+        self, params: Params, *args: Others.args, **kwargs: Others.kwargs
+    ) -> tuple[Result, Any]:
         """The value of the function, or the pair, and the gradients."""
         loss = trace(self._fun, self._has_aux, params, args, kwargs)
         choice = choose(loss, self._tables)
         (value, aux), gradients = _differentiate(loss, choice)
-        result = (value, loss.with_arrays(aux)) if self._has_aux else value
+        result: Any = (value, loss.with_arrays(aux)) if self._has_aux else value
         return result, jax.tree.unflatten(loss.structure, gradients)
 
-    def explain(self, params: optax.Params, *args: Any, **kwargs: Any) -> str:
+    def explain(
+        self, params: Params, *args: Others.args, **kwargs: Others.kwargs
+    ) -> str:
         """Which leaves have gradients of rows, which have dense ones, and why.
 
         Args:

@@ -1,6 +1,6 @@
 """reset_rows: rows with a new owner get new weights and initial slots."""
 
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,14 +17,13 @@ from monolith_optax._rows.tables import Table
 from monolith_optax._rows.values import MixesRowsError, Rows, Value
 from monolith_optax._shardings import explicit_sharding, replicated
 
+Params = TypeVar("Params")
+State = TypeVar("State")
+
 
 def reset_rows(
-    tx: optax.GradientTransformation,
-    params: optax.Params,
-    state: optax.OptState,
-    rows: Any,
-    init: Any,
-) -> tuple[optax.Params, optax.OptState]:
+    tx: optax.GradientTransformation, params: Params, state: State, rows: Any, init: Any
+) -> tuple[Params, State]:
     """Gives rows of tables new weights and the slots that the optimizer begins with.
 
     A row whose owner has changed, as `IdMap.assign` returns them in `fresh`, must not

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, cast, overload
 
 import jax
 import jax.numpy as jnp
@@ -142,6 +142,10 @@ class RowSlices:
             ),
         )
 
+    @overload
+    def __add__(self, other: "RowSlices") -> "RowSlices": ...
+    @overload
+    def __add__(self, other: ArrayLike) -> jax.Array: ...
     def __add__(self, other: Any) -> Any:
         """`slices + slices` are slices, `table + slices` is a table, in its dtype."""
         if isinstance(other, RowSlices):
@@ -162,6 +166,10 @@ class RowSlices:
 
     __radd__ = __add__
 
+    @overload
+    def __sub__(self, other: "RowSlices") -> "RowSlices": ...
+    @overload
+    def __sub__(self, other: ArrayLike) -> jax.Array: ...
     def __sub__(self, other: Any) -> Any:
         """`slices - slices` are slices, `slices - table` is a table."""
         return self + -other

@@ -5,7 +5,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import optax
 
 from monolith_optax._ids.id_map import IdMap
 from monolith_optax.checkpoint._hash_table import HashTable, Segment
@@ -14,8 +13,8 @@ from monolith_optax.checkpoint._table_leaves import Leaves, Part, parts_of
 
 
 def export_hash_tables(
-    params: optax.Params,
-    state: optax.OptState,
+    params: Any,
+    state: Any,
     ids: Mapping[str, IdMap],
     *,
     leaves: Leaves,

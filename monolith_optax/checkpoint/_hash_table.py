@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from monolith_optax._public import public
 
@@ -38,7 +39,7 @@ class HashTable:
         1970, int64, (n,); 0 where it is unknown.
     """
 
-    ids: np.ndarray
-    weights: np.ndarray
+    ids: NDArray[np.int64]
+    weights: NDArray[np.float32]
     segments: tuple[Segment, ...]
-    last_update: np.ndarray
+    last_update: NDArray[np.int64]

@@ -1,11 +1,10 @@
 """Puts hash tables into params and state."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
-import optax
 
 from monolith_optax._ids.id_map import IdMap
 from monolith_optax.checkpoint._entries import handed_over
@@ -13,15 +12,18 @@ from monolith_optax.checkpoint._hash_table import HashTable
 from monolith_optax.checkpoint._segments import columns
 from monolith_optax.checkpoint._table_leaves import Leaves, Part, parts_of
 
+Params = TypeVar("Params")
+State = TypeVar("State")
+
 
 def import_hash_tables(
     tables: Mapping[str, HashTable],
-    params: optax.Params,
-    state: optax.OptState,
+    params: Params,
+    state: State,
     *,
     leaves: Leaves,
     admit_after: int = 1,
-) -> tuple[optax.Params, optax.OptState, dict[str, IdMap]]:
+) -> tuple[Params, State, dict[str, IdMap]]:
     """Params, state and maps of ids to train on with from Monolith's hash tables.
 
     Each segment of a table becomes one leaf of params, and its slots are those of an

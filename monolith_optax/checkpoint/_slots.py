@@ -36,13 +36,13 @@ _PUBLIC = "monolith_optax", "monolith_optax.embedding"
 
 def import_slots(
     tensors: Mapping[str, Any],
-    params: optax.Params,
-    state: optax.OptState,
+    params: Any,
+    state: Any,
     *,
     name: str | None = None,
     variable_names: VariableNames = None,
     strict: bool = True,
-) -> tuple[optax.Params, optax.OptState]:
+) -> tuple[Any, Any]:
     """Params and optimizer state from the variables and slots of a checkpoint.
 
     Every parameter and every slot of an optimizer of this package, wherever it is in
@@ -108,13 +108,13 @@ def import_slots(
             "The tensors do not match params and state; nothing was imported. "
             f"(strict=False ignores tensors that are left over.)\n  {listed}"
         )
-    restored: tuple[optax.Params, optax.OptState] = jax.tree.unflatten(treedef, new)
+    restored: tuple[Any, Any] = jax.tree.unflatten(treedef, new)
     return restored
 
 
 def export_slots(
-    params: optax.Params,
-    state: optax.OptState,
+    params: Any,
+    state: Any,
     *,
     name: str | None = None,
     variable_names: VariableNames = None,
@@ -162,8 +162,8 @@ def export_slots(
 
 
 def _entries(
-    params: optax.Params,
-    state: optax.OptState,
+    params: Any,
+    state: Any,
     name: str | None,
     variable_names: VariableNames,
 ) -> list[Entry]:

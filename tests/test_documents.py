@@ -1,0 +1,46 @@
+"""Pages that list what is elsewhere in the repository: nothing is missing or gone."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from monolith_optax.checkpoint import __main__ as checkpoint
+from monolith_optax.checkpoint._segments import KINDS, PER_ROW, PER_WEIGHT, STEP
+from monolith_optax.net import __main__ as net
+
+ROOT = Path(__file__).parents[1]
+
+pytestmark = pytest.mark.skipif(
+    not (ROOT / "docs").exists(), reason="a source distribution has no docs"
+)
+
+
+def page(name):
+    return (ROOT / "docs" / name).read_text()
+
+
+@pytest.mark.parametrize("program", [checkpoint, net])
+def test_every_command_has_its_help(program):
+    """The help itself is compared where the blocks of the page are run."""
+    parser = program._parser()
+    [commands] = parser._subparsers._group_actions
+    for command in ["", *commands.choices]:
+        line = " ".join([parser.prog, *command.split(), "--help"])
+        assert f"$ {line}\n" in page("commands.md")
+
+
+def test_promises_name_tests_that_exist():
+    named = re.findall(r"`([\w/]+\.py)::(\w+)`", page("numbers.md"))
+    for file, test in named:
+        assert f"\ndef {test}(" in (ROOT / "tests" / file).read_text()
+    assert len(named) == page("numbers.md").count("::")
+
+
+def test_slots_of_hash_tables_are_those_that_are_read():
+    kinds = {PER_WEIGHT: "D", PER_ROW: "one", STEP: "integer"}
+    for name, kind in KINDS.items():
+        row = rf"\n\| {kind.number or 'none'} \| `{name}` \| (.*) \|\n"
+        slots = re.search(row, page("formats.md"))[1]
+        described = ", ".join(f"`{slot}`: {kinds[x]}" for slot, x in kind.slots.items())
+        assert slots == described or not kind.slots
