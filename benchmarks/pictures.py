@@ -98,6 +98,7 @@ def ratio_bars(results: Any) -> Any:
     figure, axes = plt.subplots(
         figsize=(7, 1 + 0.72 * len(pairs)), layout="constrained"
     )
+    plain = {"facecolor": "white", "edgecolor": "none", "pad": 0}  # no line through it
     values = [pair.ratio for pair in pairs]
     bars = axes.barh(range(len(pairs)), values, color=OURS, height=0.42)
     axes.bar_label(
@@ -107,11 +108,11 @@ def ratio_bars(results: Any) -> Any:
             for pair in pairs
         ],
         padding=3,
-        bbox={"facecolor": "white", "edgecolor": "none", "pad": 0},
+        bbox=plain,
     )
     for height, pair in enumerate(pairs):
         tables = f"{pair.tables} table{'s' * (pair.tables > 1)}"
-        axes.text(0.01, height - 0.3, f"{pair.peer}, {tables}")
+        axes.text(0.01, height - 0.3, f"{pair.peer}, {tables}", bbox=plain)
     axes.axvline(1, color="gray", linewidth=2, zorder=0)
     axes.invert_yaxis()
     axes.set_xlim(0, 1.65 * max(1, *values))

@@ -25,7 +25,7 @@ def check_kind(state: optax.OptState) -> None:
     for node in jax.tree.leaves(state, is_leaf=lambda n: isinstance(n, _ACCUMULATORS)):
         if isinstance(node, _ACCUMULATORS):
             raise MixesRowsError(
-                f"a {type(node).__name__} holds back updates of some steps, of which "
+                f"{type(node).__name__} holds back updates of some steps, of which "
                 "a later one would apply only the rows it touches: accumulate "
                 "gradients with RowSlices.concatenate instead"
             )
