@@ -106,15 +106,15 @@ class _Optimizer:
                 "update(gradients, state, params)."
             )
         checks.check_trees(updates, params, old, self.slots)
-        leaf = functools.partial(
+        leaf: Callable[..., Any] = functools.partial(
             self._update_leaf,
             state.count,
             self._hyperparameters_at(state.count),
             {name: extra_args.get(name) for name in self.extra_args},
         )
         if isinstance(state.count, jax.core.Tracer):
-            # Leaves of one shape are then traced and lowered once. Outside of a
-            # trace, each call would compile anew.
+            # Leaves of one shape are then traced and lowered once. Outside of a trace
+            # each call would compile it anew.
             leaf = jax.jit(leaf, static_argnames="decays")
         results = jax.tree.map(
             leaf,

@@ -300,6 +300,17 @@ def test_sums_of_duplicates():
         assert not np.asarray(sums)[~valid].any()
 
 
+def test_the_search_for_duplicates_is_compiled_the_same_for_tables_of_all_sizes():
+    compiled = (
+        jax.jit(lambda ids, rows: sum_duplicates(ids, rows, 12_345))
+        .lower(jnp.zeros(8, jnp.int32), jnp.ones((8, 2)))
+        .compile()
+    )
+    loops, program = compiled.as_text().split("\nENTRY")
+    assert "constant(12345)" in program
+    assert "constant(12345)" not in loops
+
+
 @pytest.mark.parametrize("num_rows", [2**31 - 3, 2**31, 2**40])
 def test_tables_too_large_for_int32_ids_are_an_error(num_rows):
     slices = RowSlices(jnp.arange(4), jnp.ones((4, 1)))
