@@ -106,12 +106,16 @@ class _Optimizer:
                 "update(gradients, state, params)."
             )
         checks.check_trees(updates, params, old, self.slots)
-        leaf = functools.partial(
+        leaf: Callable[..., Any] = functools.partial(
             self._update_leaf,
             state.count,
             self._hyperparameters_at(state.count),
             {name: extra_args.get(name) for name in self.extra_args},
         )
+        if isinstance(state.count, jax.core.Tracer):
+            # Leaves of one shape are then traced and lowered once. Outside of a trace
+            # each call would compile it anew.
+            leaf = jax.jit(leaf, static_argnames="decays")
         results = jax.tree.map(
             leaf,
             updates,
@@ -184,7 +188,7 @@ def tied(value: jax.Array, to: jax.Array) -> jax.Array:
     loop of the parameter, and has to copy the old slot for that. XLA cannot know that
     this select does nothing.
     """
-    return jnp.where(to < 0, to, value)
+    return jax.lax.select(to < 0, to, value)
 
 
 def root(x: jax.Array) -> jax.Array:

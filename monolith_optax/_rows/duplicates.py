@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 
 from monolith_optax._shardings import explicit_sharding, replicated, rows_sharding
 
@@ -31,7 +31,7 @@ def sum_duplicates(
     row_shape = rows.shape[ids.ndim :]
     ids = replicated(ids).reshape(-1)
     check_size(num_rows, len(ids))
-    positions = one_position(ids, (ids >= 0) & (ids < num_rows))
+    positions = one_position(ids, np.uint32(num_rows))
     here = jnp.arange(len(ids), dtype=jnp.int32)
     distinct = jnp.where(positions == here, ids, LAST_ID - here)
     return distinct, sum_rows(positions, rows, row_shape)
@@ -99,20 +99,20 @@ def check_size(num_rows: int, batch_size: int) -> None:
 
 
 @jax.jit  # for calls outside of jit, which would compile the search anew each time
-def one_position(ids: jax.Array, valid: jax.Array) -> jax.Array:
+def one_position(ids: jax.Array, num_rows: ArrayLike) -> jax.Array:
     """The last position in the batch of each id, on which all of its occurrences agree.
 
-    Ids that are not valid get a position beyond the batch.
+    Ids of no row get a position beyond the batch. `num_rows` is a uint32.
     """
     if len(ids) > MOST_PAIRS:
-        return _by_hashing(ids, valid)
+        return _by_hashing(ids, num_rows)
     positions: jax.Array = jax.lax.platform_dependent(
-        ids, valid, cuda=_by_pairs, rocm=_by_pairs, default=_by_hashing
+        ids, num_rows, cuda=_by_pairs, rocm=_by_pairs, default=_by_hashing
     )
     return positions
 
 
-def _by_hashing(ids: jax.Array, valid: jax.Array) -> jax.Array:
+def _by_hashing(ids: jax.Array, num_rows: ArrayLike) -> jax.Array:
     """In each round an id hashes to a slot, and the last position there wins the slot.
 
     It wins for all occurrences of its id. The ids that lost continue with another hash
@@ -122,23 +122,28 @@ def _by_hashing(ids: jax.Array, valid: jax.Array) -> jax.Array:
     size = len(ids)
     bits = (8 * size - 1).bit_length()
     here = jnp.arange(size, dtype=jnp.int32)
+    numbers = ids.astype(jnp.uint32)  # those below zero are beyond every table
 
     def compete(carry: Any) -> Any:
-        factor, positions, undecided = carry
-        slots = ((ids.astype(jnp.uint32) * factor) >> (32 - bits)).astype(jnp.int32)
+        factor, limit, positions, undecided = carry
+        undecided &= numbers < limit
+        slots = ((numbers * factor) >> (32 - bits)).astype(jnp.int32)
         claimed = jnp.where(undecided, slots, 1 << bits)
         nobody = jnp.zeros(1 << bits, jnp.int32).at[claimed]
         last = nobody.max(here, mode="drop", wrap_negative_indices=False)
         winners = _within(last, slots)
         won = undecided & (_within(ids, winners) == ids)
-        return factor * _GOLDEN, jnp.where(won, winners, positions), undecided & ~won
+        positions = jnp.where(won, winners, positions)
+        return factor * _GOLDEN, _NO_LIMIT, positions, undecided & ~won
 
     beyond = 0 * ids + size  # inside shard_map it varies as the ids do
-    start = jnp.uint32(_GOLDEN), beyond, valid
-    return jax.lax.while_loop(lambda c: c[2].any(), compete, start)[1]
+    # A limit that the rounds change is not a constant of the compiled loop, which is
+    # then the same for tables of all sizes.
+    start = jnp.uint32(_GOLDEN), num_rows, beyond, beyond > 0
+    return jax.lax.while_loop(lambda c: c[3].any(), compete, start)[2]
 
 
-def _by_pairs(ids: jax.Array, valid: jax.Array) -> jax.Array:
+def _by_pairs(ids: jax.Array, num_rows: ArrayLike) -> jax.Array:
     """Compares each id with each, in one kernel that stores none of the pairs.
 
     A loop on a GPU waits for the host in each round, which takes longer.
@@ -146,7 +151,7 @@ def _by_pairs(ids: jax.Array, valid: jax.Array) -> jax.Array:
     here = jnp.arange(len(ids), dtype=jnp.int32)
     same = ids[:, None] == ids[None, :]
     last = jnp.where(same, here[None, :], -1).max(axis=1, initial=-1)
-    return jnp.where(valid, last, len(ids))
+    return jnp.where(ids.astype(jnp.uint32) < num_rows, last, len(ids))
 
 
 def _within(array: jax.Array, indices: jax.Array) -> jax.Array:
@@ -156,8 +161,10 @@ def _within(array: jax.Array, indices: jax.Array) -> jax.Array:
 # Beyond every table, as `check_size` holds.
 LAST_ID = np.iinfo(np.int32).max
 
-# On an H200, of 16,384 ids comparing all pairs takes longer than the loop.
+# Comparing all pairs of 16,384 ids takes longer than the loop, on an H200.
 MOST_PAIRS = 8192
+
+_NO_LIMIT = np.uint32(2**32 - 1)
 
 # 2**32 divided by the golden ratio: its odd multiples hash neighbours far apart.
 _GOLDEN = np.uint32(2654435769)

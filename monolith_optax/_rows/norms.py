@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from monolith_optax._rows.duplicates import (
     at_least_float32,
@@ -46,7 +47,7 @@ def _sums(slices: RowSlices) -> jax.Array:
     """The rows of slices, with those of one id added up."""
     ids = replicated(slices.ids).reshape(-1)
     wide = slices.rows.astype(at_least_float32(slices.rows.dtype))
-    return sum_rows(one_position(ids, ids >= 0), wide, slices.row_shape)
+    return sum_rows(one_position(ids, np.uint32(2**31)), wide, slices.row_shape)
 
 
 def _sum_of_squares(array: jax.Array) -> jax.Array:

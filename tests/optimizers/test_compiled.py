@@ -9,6 +9,8 @@ import optax
 import pytest
 from choosing import only
 
+from monolith_optax import adamom
+
 SIZE = 100_000
 
 
@@ -47,3 +49,13 @@ def test_a_step_needs_nothing_from_the_host(variant):
     with jax.transfer_guard("disallow"):
         again, _ = step(params, state, params)
     chex.assert_trees_all_equal(updates, again)
+
+
+def test_a_rule_is_traced_once_for_leaves_of_one_shape():
+    tx = adamom()
+
+    def equations(count):
+        params = [jnp.ones(8)] * count
+        return len(jax.make_jaxpr(tx.update)(params, tx.init(params), params).eqns)
+
+    assert equations(20) - equations(10) == 10

@@ -10,7 +10,12 @@ import optax
 import pytest
 
 from monolith_optax import RowSlices, adamom, lazy_rows, value_and_row_grad
-from monolith_optax._rows.duplicates import is_beyond, sum_duplicates
+from monolith_optax._rows.duplicates import (
+    _by_hashing,
+    _by_pairs,
+    is_beyond,
+    sum_duplicates,
+)
 
 IDS = np.array([[2, 0], [2, -1], [5, 4]])
 NUM_ROWS, DIM = 5, 2
@@ -266,6 +271,16 @@ def test_adamom_sees_the_sum_of_duplicates_in_a_bfloat16_table():
     assert state.v[:, 0].tolist() == [0, 4096.0**2, 0]
 
 
+@pytest.mark.parametrize("search", [_by_hashing, _by_pairs])
+@pytest.mark.parametrize("num_rows", [1, 7, 2**31 - 1000])
+@pytest.mark.parametrize("size", [0, 1, 500])
+def test_each_search_finds_the_last_position_of_each_id(search, num_rows, size):
+    ids = np.random.default_rng(size).integers(-3, 10, size).astype(np.int32)
+    last = {int(i): position for position, i in enumerate(ids) if 0 <= i < num_rows}
+    positions = jax.jit(search)(jnp.asarray(ids), np.uint32(num_rows))
+    assert positions.tolist() == [last.get(int(i), size) for i in ids]
+
+
 def test_sums_of_duplicates():
     """In tables of very different sizes, two of which get no ids."""
     rng = np.random.default_rng(0)
@@ -298,6 +313,17 @@ def test_sums_of_duplicates():
         for row_id, row in zip(distinct[valid], np.asarray(sums)[valid], strict=True):
             np.testing.assert_allclose(row, expected[row_id], rtol=1e-5)
         assert not np.asarray(sums)[~valid].any()
+
+
+def test_the_search_for_duplicates_is_compiled_the_same_for_tables_of_all_sizes():
+    compiled = (
+        jax.jit(lambda ids, rows: sum_duplicates(ids, rows, 12_345))
+        .lower(jnp.zeros(8, jnp.int32), jnp.ones((8, 2)))
+        .compile()
+    )
+    loops, program = compiled.as_text().split("\nENTRY")
+    assert "constant(12345)" in program
+    assert "constant(12345)" not in loops
 
 
 @pytest.mark.parametrize("num_rows", [2**31 - 3, 2**31, 2**40])
