@@ -125,8 +125,11 @@ def machine() -> dict[str, str]:
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     models = [line.split(": ")[1] for line in lines if line.startswith("model name")]
+    flags = set(" ".join(line for line in lines if line.startswith("flags")).split())
     facts = {
         "processor": models[0] if models else platform.processor(),
+        # FBGEMM's kernels depend on them.
+        "vectors": next((v for v in ("avx512f", "avx2") if v in flags), "unknown"),
         "cores": str(os.cpu_count()),
         "device": jax.devices()[0].device_kind,
         "commit": commit(),

@@ -51,10 +51,11 @@ def machine(results: Any) -> str:
     facts = dict(results["machine"])
     processor, cores = facts.pop("processor"), facts.pop("cores")
     device, commit = facts.pop("device"), facts.pop("commit")
-    quick = facts.pop("quick", "")
+    quick, vectors = facts.pop("quick", ""), facts.pop("vectors", "")
     versions = ", ".join(f"{name} {version}" for name, version in facts.items())
     return (
-        f"Measured on {cores} cores of an {processor} (JAX's device: {device}), "
+        f"Measured on {cores} cores of an {processor}{vectors and f' with {vectors}'} "
+        f"(JAX's device: {device}), "
         f"commit {commit}: {versions}."
         + (f" **Only a quick run: {quick}.**" if quick else "")
     )
