@@ -11,10 +11,6 @@ from monolith_optax.net import __main__ as net
 
 ROOT = Path(__file__).parents[1]
 
-pytestmark = pytest.mark.skipif(
-    not (ROOT / "docs").exists(), reason="a source distribution has no docs"
-)
-
 
 def page(name):
     return (ROOT / "docs" / name).read_text()
