@@ -18,20 +18,14 @@ from monolith_optax import (
 )
 
 
-def gpu():
-    """The first GPU, or nothing where JAX sees none."""
-    try:
-        return jax.devices("gpu")[0]
-    except RuntimeError:
-        return None
+pytestmark = pytest.mark.gpu
 
-
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        gpu() is None, reason="JAX has no GPU here, or JAX_PLATFORMS is not cuda,cpu"
-    ),
-]
+try:
+    GPU = jax.devices("gpu")[0]
+except RuntimeError:
+    pytest.skip(
+        "JAX has no GPU here, or JAX_PLATFORMS is not cuda,cpu", allow_module_level=True
+    )
 
 NUM_ROWS, DIM, BATCH = 1000, 8, 256
 OF_ROWS = [
@@ -59,7 +53,7 @@ def train(tx, device, gradients, params):
 
 def assert_as_on_cpu(tx, gradients, params, rtol=1e-5, atol=1e-6, slots=True):
     expected = train(tx, jax.devices("cpu")[0], gradients, params)
-    actual = train(tx, gpu(), gradients, params)
+    actual = train(tx, GPU, gradients, params)
     if not slots:
         expected, actual = expected[0], actual[0]
     chex.assert_trees_all_close(actual, expected, rtol=rtol, atol=atol)
@@ -111,7 +105,7 @@ def test_tables_of_16_bits(dtype):
 
 def test_row_gradients_are_those_of_jax():
     ids = jnp.asarray(np.random.default_rng(2).integers(0, NUM_ROWS, BATCH))
-    params = jax.device_put({"table": jnp.ones((NUM_ROWS, DIM))}, gpu())
+    params = jax.device_put({"table": jnp.ones((NUM_ROWS, DIM))}, GPU)
 
     weights = jnp.linspace(0.0, 1.0, BATCH)[:, None]
 
@@ -127,7 +121,7 @@ def test_row_gradients_are_those_of_jax():
 
 def test_nothing_as_large_as_the_table_is_copied():
     tx = lazy_rows(VARIANTS["adamom"].make())
-    table = jax.device_put(jnp.zeros((100_000, 16)), gpu())
+    table = jax.device_put(jnp.zeros((100_000, 16)), GPU)
 
     def step(table, state, gradients):
         updates, state = tx.update(gradients, state, table)
@@ -135,7 +129,7 @@ def test_nothing_as_large_as_the_table_is_copied():
 
     gradients = RowSlices(jnp.arange(64, dtype=jnp.int32), jnp.ones((64, 16)))
     jitted = jax.jit(step, donate_argnums=(0, 1))
-    lowered = jitted.lower(table, tx.init(table), jax.device_put(gradients, gpu()))
+    lowered = jitted.lower(table, tx.init(table), jax.device_put(gradients, GPU))
     memory = lowered.compile().memory_analysis()
     assert memory.temp_size_in_bytes < table.nbytes / 10
     assert memory.alias_size_in_bytes >= 4 * table.nbytes
@@ -143,9 +137,9 @@ def test_nothing_as_large_as_the_table_is_copied():
 
 def test_rows_are_reset():
     tx = lazy_rows(VARIANTS["adagrad"].make())
-    table = jax.device_put(jnp.ones((NUM_ROWS, DIM)), gpu())
+    table = jax.device_put(jnp.ones((NUM_ROWS, DIM)), GPU)
     state = tx.init(table)
-    _, state = tx.update(jax.device_put(slices(0), gpu()), state, table)
+    _, state = tx.update(jax.device_put(slices(0), GPU), state, table)
     table, state = reset_rows(tx, table, state, jnp.array([3, 5]), jnp.zeros((2, DIM)))
     assert not np.asarray(table)[[3, 5]].any()
     assert np.asarray(table)[4].all()
