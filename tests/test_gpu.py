@@ -17,7 +17,6 @@ from monolith_optax import (
     value_and_row_grad,
 )
 
-
 pytestmark = pytest.mark.gpu
 
 try:
