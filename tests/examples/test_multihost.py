@@ -1,10 +1,15 @@
 """Training across real processes: the same numbers, and what happens when one is lost.
 
+Longer by hand, with so many processes killed at random moments:
+
+TRAIN_KILLS=20 pytest -m slow -n 0 THIS_FILE
+
 All of them run on this machine and talk only over loopback. How long that takes depends
 on what else the machine does, so nothing here is asked to be quick.
 """
 
 import contextlib
+import os
 import random
 import re
 import signal
@@ -23,6 +28,7 @@ example = worker.example
 
 PATIENCE = 240  # seconds until something has gone wrong
 STEPS = 20
+KILLS = int(os.environ.get("TRAIN_KILLS", "4"))
 SIZES = ["--dim", worker.DIM, "--batch-size", worker.BATCH, "--checkpoint-every", 4]
 # What a process says that lost another one: JAX's coordination service and its
 # client, which ask for signs of life, or Gloo, which lost a connection.
@@ -149,8 +155,8 @@ def test_processes_that_wait_for_nothing_end_and_say_for_whom(tmp_path, addresse
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kills", "steps"), [(1, STEPS), (20, 500)])
-@pytest.mark.timeout(6 * PATIENCE)
+@pytest.mark.parametrize(("kills", "steps"), [(1, STEPS), (KILLS, 25 * KILLS)])
+@pytest.mark.timeout((2 + KILLS) * PATIENCE)
 def test_a_run_that_loses_processes_ends_as_if_it_had_not(
     tmp_path, addresses, whole, kills, steps
 ):
