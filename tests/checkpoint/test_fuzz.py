@@ -23,7 +23,7 @@ from monolith_optax.checkpoint._table_files import saved_counts
 from monolith_optax.checkpoint._tfrecord import Records, read_records
 
 MANY = pytest.param(
-    int(os.environ.get("TABLE_FUZZ_INPUTS", "30000")), marks=pytest.mark.slow
+    int(os.environ.get("TABLE_FUZZ_INPUTS", "10000")), marks=pytest.mark.slow
 )
 MOST_MEMORY = 20_000_000  # bytes; a file may claim any length
 ADAGRAD = [("adagrad", 2)]
