@@ -68,6 +68,7 @@ def trained(example):
         yield data, train
 
 
+@pytest.mark.slow
 def test_a_run_that_continues_has_the_same_bits(trained, tmp_path):
     _, train = trained
     train(10, checkpoint=tmp_path / "whole")

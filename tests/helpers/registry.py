@@ -54,7 +54,7 @@ ROWS = {
         adamom,
         fractions=("ada_decay", "mom_decay"),
         nonnegative=("epsilon", "weight_decay"),
-        samples=("", "compact_c"),
+        samples=("",),
         variants={
             "": {},
             "v2_decay": {"use_v2": True, "weight_decay": 1e-4},
