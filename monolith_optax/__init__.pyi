@@ -16,13 +16,15 @@ from monolith_optax._optimizers.stochastic_rounding import (
 from monolith_optax._optimizers.stochastic_rounding import (
     stochastic_rounding as stochastic_rounding,
 )
-from monolith_optax._rows.apply_updates import apply_updates as apply_updates
-from monolith_optax._rows.collectives import pmean as pmean
-from monolith_optax._rows.collectives import psum as psum
-from monolith_optax._rows.gradients import value_and_row_grad as value_and_row_grad
-from monolith_optax._rows.lazy import lazy_rows as lazy_rows
-from monolith_optax._rows.norms import global_norm as global_norm
-from monolith_optax._rows.reset import reset_rows as reset_rows
-from monolith_optax._rows.slices import RowSlices as RowSlices
+from monolith_optax._rows.gradients.value_and_row_grad import (
+    value_and_row_grad as value_and_row_grad,
+)
+from monolith_optax._rows.slices.row_slices import RowSlices as RowSlices
+from monolith_optax._rows.slices.trees import apply_updates as apply_updates
+from monolith_optax._rows.slices.trees import global_norm as global_norm
+from monolith_optax._rows.slices.trees import pmean as pmean
+from monolith_optax._rows.slices.trees import psum as psum
+from monolith_optax._rows.steps.lazy_rows import lazy_rows as lazy_rows
+from monolith_optax._rows.steps.reset_rows import reset_rows as reset_rows
 
 __version__: str

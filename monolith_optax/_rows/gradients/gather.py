@@ -1,0 +1,185 @@
+"""Lookups: which rows of a table are taken, and what is made of them.
+
+Every lookup is described as a gather (`as_gather.py` says which). Its row axes are the
+first axes of the table: one, or more if the table is a stack of tables that are looked
+up side by side, as `jax.vmap` does it. A row id then counts through all of them.
+"""
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.lax import GatherDimensionNumbers, GatherScatterMode
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """A gather of some rows, or of columns of some rows.
+
+    Attributes:
+      shape: of the table.
+      batch: the shape of the batch of ids.
+      numbers: JAX's description of the gather.
+      sizes: of the window that each id takes.
+      mode: what ids outside of the table do.
+      fill: what mode FILL_OR_DROP gives for them.
+      row_axes: how many axes of the table are rows.
+    """
+
+    shape: tuple[int, ...]
+    batch: tuple[int, ...]
+    numbers: GatherDimensionNumbers
+    sizes: tuple[int, ...]
+    mode: GatherScatterMode
+    fill: Any
+    row_axes: int
+
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """How many rows each id takes along each row axis."""
+        return self.sizes[: self.row_axes]
+
+    @property
+    def ids_shape(self) -> tuple[int, ...]:
+        """The shape of the ids of all rows that are taken."""
+        return (*self.batch, *(size for size in self.windows if size != 1))
+
+    @property
+    def num_rows(self) -> int:
+        """How many rows the table has."""
+        return math.prod(self.shape[: self.row_axes])
+
+    @property
+    def ids_dtype(self) -> Any:
+        """The dtype of ids, 32 bits if they are enough."""
+        few = self.num_rows <= np.iinfo(np.int32).max
+        return np.dtype(np.int32 if few else np.int64)
+
+    @property
+    def rows_of_first_axis(self) -> int:
+        """How many rows there are to each index of the first axis."""
+        return math.prod(self.shape[1 : self.row_axes])
+
+    def ids(self, indices: Any) -> tuple[jax.Array, jax.Array | None]:
+        """The ids of the rows that are taken, and which of them are in the table.
+
+        Those that are not are the ids of other rows; all are if there is None.
+        """
+        indices = wide(indices)
+        ids = self._along(0, indices)
+        for axis in range(1, self.row_axes):
+            ids = ids * self.shape[axis] + self._along(axis, indices)
+        if ids.shape != self.ids_shape:
+            ids = jnp.broadcast_to(ids, self.batch + self.windows)
+            ids = ids.reshape(self.ids_shape)
+        if self.mode == GatherScatterMode.CLIP:
+            return ids, None
+        inside = [
+            start == self._clipped(axis, start)
+            for axis in self.numbers.start_index_map
+            if axis < self.row_axes or self.sizes[axis] == self.shape[axis]
+            for start in [self._start(axis, indices)]
+        ]
+        return ids, functools.reduce(jnp.logical_and, inside)
+
+    def _along(self, axis: int, indices: jax.Array) -> Any:
+        """Where along a row axis the rows are, an axis for each of the result."""
+        window = np.arange(self.sizes[axis], dtype=self.ids_dtype)
+        after = self.row_axes - axis - 1
+        window = window.reshape((1,) * (len(self.batch) + axis) + (-1,) + (1,) * after)
+        start = self._start(axis, indices)
+        if start is None:
+            return window
+        if axis in self.numbers.start_index_map:
+            start = self._clipped(axis, start)
+        start = jnp.asarray(start, self.ids_dtype)
+        if self.windows == (1,):
+            return start
+        return start.reshape(start.shape + (1,) * self.row_axes) + window
+
+    def _clipped(self, axis: int, start: jax.Array) -> jax.Array:
+        last = self.shape[axis] - self.sizes[axis]
+        none, last = (start.dtype.type(bound) for bound in (0, last))
+        return lax.clamp(none, start, last)
+
+    def result(self, rows: jax.Array, indices: jax.Array, valid: Any) -> jax.Array:
+        """What the equation gives, from the rows with the ids."""
+        columns = self.shape[self.row_axes :]
+        rows = rows.reshape(*self.batch, *self.windows, *columns)
+        if self.sizes[self.row_axes :] == columns:
+            result = self._arranged(rows)
+        else:
+            result = self._columns(rows, indices)
+        if valid is None or self.mode != GatherScatterMode.FILL_OR_DROP:
+            return result
+        valid = jnp.expand_dims(valid, self.numbers.offset_dims)
+        return jnp.where(valid, result, jnp.asarray(self.fill, result.dtype))
+
+    def _start(self, axis: int, indices: jax.Array) -> Any:
+        """Where windows start along an axis, with the shape of the batch or with 1s."""
+        numbers = self.numbers
+        if axis in numbers.start_index_map:
+            return indices[..., numbers.start_index_map.index(axis)]
+        if axis in numbers.operand_batching_dims:
+            which = numbers.operand_batching_dims.index(axis)
+            along = numbers.start_indices_batching_dims[which]
+            shape = [1] * len(self.batch)
+            shape[along] = self.batch[along]
+            return np.arange(self.batch[along], dtype=indices.dtype).reshape(shape)
+        return None
+
+    def _dropped(self, axis: int) -> bool:
+        numbers = self.numbers
+        return axis in (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims)
+
+    def _arranged(self, rows: jax.Array) -> jax.Array:
+        """Whole rows with their axes where the gather would have them."""
+        batch = len(self.batch)
+        dropped = [
+            batch + axis for axis in range(len(self.shape)) if self._dropped(axis)
+        ]
+        rows = jnp.squeeze(rows, dropped)
+        offsets = iter(range(batch, rows.ndim))
+        ids = iter(range(batch))
+        order = [
+            next(offsets) if axis in self.numbers.offset_dims else next(ids)
+            for axis in range(rows.ndim)
+        ]
+        return rows if order == list(range(rows.ndim)) else rows.transpose(order)
+
+    def _columns(self, rows: jax.Array, indices: jax.Array) -> jax.Array:
+        """Some columns of the rows: the gather again, with rows as they come."""
+        batch = len(self.batch)
+        columns = range(self.row_axes, len(self.shape))
+        starts = {axis: self._start(axis, wide(indices)) for axis in columns}
+        axes = [axis for axis, start in starts.items() if start is not None]
+        along_batch = [jnp.broadcast_to(starts[axis], self.batch) for axis in axes]
+        numbers = GatherDimensionNumbers(
+            offset_dims=self.numbers.offset_dims,
+            collapsed_slice_dims=tuple(
+                batch + axis for axis in range(len(self.shape)) if self._dropped(axis)
+            ),
+            start_index_map=tuple(batch + axis for axis in axes),
+            operand_batching_dims=tuple(range(batch)),
+            start_indices_batching_dims=tuple(range(batch)),
+        )
+        result: jax.Array = lax.gather(
+            rows,
+            jnp.stack(along_batch, -1),
+            numbers,
+            slice_sizes=((1,) * batch) + self.sizes,
+            mode=self.mode,
+            fill_value=self.fill,
+        )
+        return result
+
+
+def wide(indices: Any) -> jax.Array:
+    """Indices in a dtype that holds every size."""
+    array: jax.Array = jnp.asarray(indices)
+    return array if array.dtype.itemsize >= 4 else array.astype(jnp.int32)

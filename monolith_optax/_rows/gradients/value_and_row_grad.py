@@ -1,0 +1,177 @@
+"""Gradients of lookups as RowSlices, without a dense gradient of any table.
+
+The loss is traced, its lookups are found (`find_lookups.py`), and its program is run
+with a zero added to each row that they take (`add_zeros.py`). The gradients of the
+zeros are those of the rows.
+"""
+
+from collections.abc import Callable
+from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
+
+import jax
+import jax.numpy as jnp
+
+from monolith_optax._rows.gradients.add_zeros import add
+from monolith_optax._rows.gradients.choose_tables import Choice, choose
+from monolith_optax._rows.gradients.lookup_tree import Found, for_each, tables_of
+from monolith_optax._rows.gradients.row_images import Leaf, whole
+from monolith_optax._rows.gradients.trace_loss import Loss, trace
+from monolith_optax._rows.programs import jaxprs
+from monolith_optax._rows.slices.row_slices import RowSlices
+
+Params = TypeVar("Params")
+Others = ParamSpec("Others")
+Result = TypeVar("Result")
+
+
+def value_and_row_grad(
+    fun: Callable[Concatenate[Params, Others], Result],
+    tables: Any = None,
+    *,
+    has_aux: bool = False,
+) -> "ValueAndRowGrad[Params, Others, Result]":
+    """`jax.value_and_grad` in which the gradients of tables are `RowSlices`.
+
+    JAX's gradient of `table[ids]` is as large as the table. Here the function is
+    traced, as by `jax.jit`, its lookups of tables are found, and the gradient is taken
+    with respect to the rows that they yield. Value and gradients are those of
+    `jax.value_and_grad`, also if they are differentiated again. So ids outside of a
+    table do what the lookup's mode says, and negative ones count from its end; where
+    a lookup gives nothing for an id, the id is padding in the slices.
+
+    The model needs no changes. Lookups may be `[]`, `jnp.take`, `.at[].get` in any
+    mode, `jnp.take_along_axis`, `jax.lax.dynamic_slice`, of whole rows or of some
+    columns, under `jax.vmap` (also of a stack of tables), inside `jit`, `checkpoint`,
+    `scan`, `cond`, `while_loop`, `map` and `shard_map`. What is done to a table before
+    it is looked up, row by row (casts, scaling, normalised rows), is done to the rows.
+    A function with a `custom_vjp` or `custom_jvp` rule may be given tables if the rule
+    adds rows to zeros for their gradient.
+
+    Inside `jax.shard_map` slices are those of the device. Their sum over devices is
+    the gradient.
+
+    Args:
+      fun: a function from params, as its first argument, and others to a scalar. As
+        under `jax.jit`, it cannot branch on values of params.
+      tables: a tree of bools that is a prefix of params: which leaves are tables. If
+        it is None, these are the leaves that the function looks up by ids that are
+        data and uses for nothing else. A leaf looked up by constants, such as
+        `layers[0]`, is not a table then. The number of ids or rows does not matter. In
+        the slices of a stack of tables, ids count through all of its rows.
+      has_aux: whether the function returns a pair, of which the second is passed on.
+
+    Returns:
+      A function of the same arguments that returns the value, or the pair, and the
+      gradients. Its method `explain`, of the same arguments, says of each leaf of
+      params whether its gradient is rows or dense, and why.
+
+    Raises:
+      ValueError: (when called) tables is not a prefix of params, or names a scalar, or
+        a leaf that is used for more than lookups.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from monolith_optax import value_and_row_grad
+      >>> params = {"table": jnp.ones((1000, 2)), "scale": jnp.array(3.0)}
+      >>> def loss(params, ids):
+      ...     return params["scale"] * params["table"][ids].sum()
+      >>> grad = value_and_row_grad(loss)
+      >>> value, gradients = grad(params, jnp.array([5, -1]))
+      >>> print(value, gradients["scale"], gradients["table"].ids)
+      12.0 4.0 [  5 999]
+      >>> print(gradients["table"].rows)
+      [[3. 3.]
+       [3. 3.]]
+    """
+    return ValueAndRowGrad(fun, tables, has_aux)
+
+
+class ValueAndRowGrad(Generic[Params, Others, Result]):
+    """The function that `value_and_row_grad` makes."""
+
+    def __init__(
+        self,
+        fun: Callable[Concatenate[Params, Others], Result],
+        tables: Any,
+        has_aux: bool,
+    ) -> None:
+        self._fun, self._tables, self._has_aux = fun, tables, has_aux
+
+    # The gradients are Any, as JAX's are: their tree is that of params, but no type can
+    # say which of its leaves are slices.
+    def __call__(
+        self, params: Params, *args: Others.args, **kwargs: Others.kwargs
+    ) -> tuple[Result, Any]:
+        """The value of the function, or the pair, and the gradients."""
+        loss = trace(self._fun, self._has_aux, params, args, kwargs)
+        choice = choose(loss, self._tables)
+        (value, aux), gradients = _differentiate(loss, choice)
+        result: Any = (value, loss.with_arrays(aux)) if self._has_aux else value
+        return result, jax.tree.unflatten(loss.structure, gradients)
+
+    def explain(
+        self, params: Params, *args: Others.args, **kwargs: Others.kwargs
+    ) -> str:
+        """Which leaves have gradients of rows, which have dense ones, and why.
+
+        Args:
+          params: as for the gradients, as are all other arguments.
+          *args: what the function takes besides params.
+          **kwargs: what it takes by name.
+
+        Returns:
+          A line for each leaf of params.
+        """
+        loss = trace(self._fun, self._has_aux, params, args, kwargs)
+        choice = choose(loss, self._tables)
+        places: dict[int, dict[str, None]] = {leaf: {} for leaf in choice.tables}
+        for leaf, found in tables_of(choice.tree):
+            places[leaf][found.place] = None
+        return "\n".join(
+            f"{name}: rows, looked up by {', '.join(places[leaf]) or 'nothing'}"
+            if leaf in choice.tables
+            else f"{name}: dense, {choice.refused[leaf]}"
+            for leaf, name in enumerate(loss.names)
+        )
+
+
+def _differentiate(loss: Loss, choice: Choice) -> tuple[tuple[Any, Any], list[Any]]:
+    types, tables = loss.types, choice.tables
+    num_rows = frozenset(types[leaf].shape[0] for leaf in tables)
+
+    def zeros_of(found: Found) -> list[Any]:
+        shapes = zip(found.leaves, found.zeros_shapes(types), strict=True)
+        return [
+            jaxprs.as_varying(jnp.zeros(shape, types[leaf].dtype), found.varying)
+            for leaf, shape in shapes
+        ]
+
+    def run(dense: list[Any], zeros: Any) -> Any:
+        operands = [
+            Leaf(index, leaf) if index in tables else dense[index]
+            for index, leaf in enumerate(loss.leaves)
+        ]
+        results, ids = add(loss.program, operands, choice.tree, zeros, num_rows)
+        value, *aux = map(whole, results)
+        return value, (aux, ids)
+
+    dense = [None if i in tables else leaf for i, leaf in enumerate(loss.leaves)]
+    grad = jax.value_and_grad(run, argnums=(0, 1), has_aux=True)
+    zeros = for_each(choice.tree, zeros_of)
+    (value, (aux, ids)), (gradients, rows) = grad(dense, zeros)
+    parts: dict[int, list[RowSlices]] = {leaf: [] for leaf in tables}
+    for (leaf, found), *part in zip(
+        tables_of(choice.tree), *map(jax.tree.leaves, (ids, rows)), strict=True
+    ):
+        if found.has_gradient:
+            parts[leaf].append(RowSlices(*part))
+    for leaf in tables:
+        gradients[leaf] = _total(parts[leaf], types[leaf], choice.row_axes[leaf])
+    return (value, aux), gradients
+
+
+def _total(parts: list[RowSlices], table: Any, row_axes: int) -> RowSlices:
+    if not parts:
+        empty = jnp.zeros((0, *table.shape[row_axes:]), table.dtype)
+        return RowSlices(jnp.zeros(0, jnp.int32), empty)
+    return parts[0] if len(parts) == 1 else RowSlices.concatenate(parts)

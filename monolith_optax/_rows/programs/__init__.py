@@ -1,0 +1,1 @@
+"""Traced programs, and running them on some rows of their tables."""

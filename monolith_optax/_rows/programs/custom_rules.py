@@ -1,0 +1,161 @@
+"""Functions with derivative rules of their own, on rows.
+
+Such a rule was written for whole arrays. When a derivative is taken, the rule is traced
+on whole arrays, and then run on rows as any other program.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from monolith_optax._rows.programs import jaxprs
+from monolith_optax._rows.programs.jaxprs import Equation, type_of
+from monolith_optax._rows.programs.known_constants import ZERO, Constant
+from monolith_optax._rows.programs.row_values import (
+    MixesRowsError,
+    Pending,
+    Rows,
+    Run,
+    Value,
+    Whole,
+    common_table,
+    kinds,
+    known_as,
+)
+from monolith_optax._rows.slices.row_access import Table
+
+
+def run_with_derivatives(
+    run: Run, equation: Equation, operands: list[Value]
+) -> list[Value]:
+    """Runs a `custom_jvp` or `custom_vjp` function so that it keeps its rule."""
+    table = common_table(equation, operands)
+    if table is None:
+        arrays = [value.at(None) for value in operands]
+        return list(map(Whole, jaxprs.bind(equation, arrays)))
+    operands = [
+        Rows(value.at(table), table, value.constant)
+        if isinstance(value, Pending)
+        else value
+        for value in operands
+    ]
+    program = jaxprs.called_program(equation)
+    assert program is not None
+    [results] = kinds(run, [program], operands)
+    tables = [kind.table for kind in results]
+
+    def function(*arrays: Any) -> list[Any]:
+        values = run(program, _values(arrays, operands))
+        return [value.at(t) for value, t in zip(values, tables, strict=True)]
+
+    add_rule = _with_jvp if equation.primitive.name == "custom_jvp_call" else _with_vjp
+    arrays = add_rule(function, run, equation, operands, tables)(
+        *(value.at(_table(value)) for value in operands)
+    )
+    return [
+        known_as(array, kind.table, kind.constant)
+        for array, kind in zip(arrays, results, strict=True)
+    ]
+
+
+def _with_jvp(
+    function: Any, run: Run, equation: Equation, operands: list[Value], tables: Any
+) -> Any:
+    ours = jax.custom_jvp(function)
+    inputs, outputs = differentiable(equation.invars), differentiable(equation.outvars)
+
+    def whole_tangents(primals: Any, tangents: Any) -> Any:
+        some = [primals[i] for i in inputs]
+        return jax.jvp(_of_inexact(equation, primals), some, tangents)[1]
+
+    @ours.defjvp
+    def rule(primals: Any, tangents: Any) -> Any:
+        types = list(map(type_of, equation.invars))
+        program, _ = jaxprs.trace(whole_tangents, types, [types[i] for i in inputs])
+        tangent_values = [
+            known_as(tangents[i], _table(operands[i]), _of_tangent(operands[i]))
+            for i in inputs
+        ]
+        found = run(program, [*_values(primals, operands), *tangent_values])
+        results = ours(*primals)
+        after: list[Any] = [
+            np.zeros(jnp.shape(result), jax.dtypes.float0) for result in results
+        ]
+        for i, value in zip(outputs, found, strict=True):
+            after[i] = value.at(tables[i])
+        return results, after
+
+    return ours
+
+
+def _with_vjp(
+    function: Any, run: Run, equation: Equation, operands: list[Value], tables: Any
+) -> Any:
+    ours = jax.custom_vjp(function)
+    inputs, outputs = differentiable(equation.invars), differentiable(equation.outvars)
+
+    def whole_cotangents(primals: Any, cotangents: Any) -> Any:
+        some = [primals[i] for i in inputs]
+        return jax.vjp(_of_inexact(equation, primals), *some)[1](cotangents)
+
+    def forward(*primals: Any) -> Any:
+        return ours(*primals), primals
+
+    def backward(primals: Any, cotangents: Any) -> Any:
+        types = list(map(type_of, equation.invars))
+        result_types = [type_of(equation.outvars[i]) for i in outputs]
+        program, _ = jaxprs.trace(whole_cotangents, types, result_types)
+        # No row of the table but those of the batch has a result.
+        some = [known_as(cotangents[i], tables[i], ZERO) for i in outputs]
+        found = run(program, [*_values(primals, operands), *some])
+        after: list[Any] = [None] * len(operands)
+        for i, value in zip(inputs, found, strict=True):
+            table = _table(operands[i])
+            if table is None and isinstance(value, Rows):
+                raise MixesRowsError(
+                    f"has a derivative that depends on rows of {value.table.name}",
+                    equation,
+                )
+            after[i] = value.at(table)
+        return tuple(after)
+
+    ours.defvjp(forward, backward)
+    return ours
+
+
+def _table(value: Value) -> Table | None:
+    return value.table if isinstance(value, Rows) else None
+
+
+def _values(arrays: Any, operands: list[Value]) -> list[Value]:
+    return [
+        known_as(array, _table(value), value.constant)
+        for array, value in zip(arrays, operands, strict=True)
+    ]
+
+
+def _of_tangent(value: Value) -> Constant:
+    """What is known of tangents: those of constants are zero."""
+    constant = value.constant
+    return Constant(lambda: None if constant.value is None else ZERO.value, [constant])
+
+
+def differentiable(atoms: Any) -> list[int]:
+    """The indices of atoms that have derivatives."""
+    return [
+        i for i, a in enumerate(atoms) if jnp.issubdtype(type_of(a).dtype, jnp.inexact)
+    ]
+
+
+def _of_inexact(equation: Equation, operands: Any) -> Any:
+    """The equation as a function only of what has derivatives."""
+
+    def function(*inexact: Any) -> list[Any]:
+        changed = dict(zip(differentiable(equation.invars), inexact, strict=True))
+        arrays = [changed.get(i, operand) for i, operand in enumerate(operands)]
+        results = jaxprs.bind(equation, arrays)
+        return [results[i] for i in differentiable(equation.outvars)]
+
+    return function

@@ -1,0 +1,274 @@
+"""RowSlices: a few rows of a table, named by their ids."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast, overload
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike, DTypeLike
+
+from monolith_optax._public import public
+from monolith_optax._rows.slices.duplicates import at_least_float32
+from monolith_optax._rows.slices.opaque_ids import int32_ids, is_opaque, opaque, plain
+from monolith_optax._rows.slices.row_access import add_rows
+from monolith_optax._shardings import replicated
+
+
+@public("monolith_optax")
+@jax.tree_util.register_pytree_with_keys_class
+@dataclass(init=False, frozen=True, eq=False, repr=False)
+class RowSlices:
+    """The sum of some rows into a table of zeros.
+
+    It is what the gradient of a lookup is, without the table. Rows with the same id
+    add up. Ids outside the table, negative ones included, are padding: their rows may
+    hold anything and count for nothing. Sums are taken in float32, or in the dtype of
+    the rows or the table if that is wider, and are rounded once.
+
+    A parameter may also be a stack of tables, such as one of shape
+    `(tables, num_rows, columns)` for rows of shape `(columns,)`. Ids then count through
+    all rows of the stack.
+
+    It is a pytree of ids and rows that can go wherever JAX takes a pytree. Its ids are
+    not numbers there: JAX raises an error that names them where a function that maps
+    over leaves would change them. Functions that make zeros make padding. Instead of
+    what raises, write:
+
+    - `optax.chain(lazy_rows(a), optax.scale(2))`, or schedules, clipping and all else
+      outside `lazy_rows`: `lazy_rows(optax.chain(a, optax.scale(2)))`.
+    - `jax.tree.map(lambda g: g * 2, gradients)`, `g / n`, `-g`, `optax.tree.scale`: the
+      same map with `is_leaf=lambda g: isinstance(g, RowSlices)`.
+    - `optax.tree.add(a, b)`: `jax.tree.map(operator.add, a, b, is_leaf=...)`.
+    - `g.astype(dtype)`, `optax.tree.cast`: `slices.astype(dtype)`.
+    - `jnp.clip(g, ...)`, `jnp.sign(g)`: `optax.clip`, `optax.scale_by_sign` inside
+      `lazy_rows`, where duplicates are summed; or `slices.with_rows(...)`.
+    - `jax.lax.psum`, `jax.lax.pmean`: `monolith_optax.psum`, `monolith_optax.pmean`.
+    - `optax.global_norm`, `optax.tree.norm`: `monolith_optax.global_norm`.
+    - `eqx.apply_updates`: `monolith_optax.apply_updates`.
+
+    Orbax, `jax.export` and `flax.serialization` do not take slices. No state holds
+    any; save their `ids` and `rows` as arrays.
+
+    Attributes:
+      rows: a floating-point array of shape `ids.shape + row_shape`.
+
+    Args:
+      ids: integers of any shape. They are kept as int32; those that do not fit are
+        padding.
+      rows: an array of shape `ids.shape + row_shape`.
+
+    Raises:
+      ValueError: the ids are not integers or the rows not floating-point numbers, or
+        the shapes do not belong together.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from monolith_optax import RowSlices
+      >>> slices = RowSlices(jnp.array([2, 0, 2, -1]), jnp.ones((4, 2)))
+      >>> print(slices.ids)
+      [ 2  0  2 -1]
+      >>> print(slices.to_dense(3))
+      [[1. 1.]
+       [0. 0.]
+       [2. 2.]]
+    """
+
+    _ids: Any  # opaque, or what stands for a leaf where JAX rebuilds trees
+    rows: jax.Array
+
+    # NumPy's operators would otherwise take the slices for an element.
+    __array_ufunc__ = None
+
+    def __init__(self, ids: ArrayLike, rows: ArrayLike) -> None:
+        object.__setattr__(self, "_ids", opaque(int32_ids(ids)))
+        object.__setattr__(self, "rows", jnp.asarray(rows))
+        _check(self)
+
+    @property
+    def ids(self) -> jax.Array:
+        """The row ids, int32."""
+        if not is_opaque(self._ids):
+            raise TypeError(
+                f"The row ids of RowSlices have become {_describe(self._ids)}: a "
+                "function that maps over leaves has replaced them."
+            )
+        if isinstance(self._ids, jax.ShapeDtypeStruct):
+            shape: Any = self._ids.update(dtype=jnp.int32)
+            return cast(jax.Array, shape)
+        return plain(self._ids)
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        """The shape of one row."""
+        return self.rows.shape[len(self._ids.shape) :]
+
+    def with_rows(self, rows: ArrayLike) -> "RowSlices":
+        """Other rows for the same ids."""
+        slices = RowSlices.tree_unflatten(None, (self._ids, jnp.asarray(rows)))
+        _check(slices)
+        return slices
+
+    def astype(self, dtype: DTypeLike) -> "RowSlices":
+        """The slices with rows of another dtype."""
+        return self.with_rows(self.rows.astype(dtype))
+
+    def to_dense(self, num_rows: int | tuple[int, ...]) -> jax.Array:
+        """The table of `num_rows` rows that the slices stand for.
+
+        A stack of tables has a tuple of numbers, such as `(tables, rows)`.
+        """
+        wide = at_least_float32(self.rows.dtype)
+        axes = num_rows if isinstance(num_rows, tuple) else (num_rows,)
+        table: jax.Array = jnp.zeros((*axes, *self.row_shape), wide) + self
+        return table.astype(self.rows.dtype)
+
+    @staticmethod
+    def concatenate(slices: "Sequence[RowSlices]") -> "RowSlices":
+        """The sum of slices of one table: several lookups, or several batches."""
+        row_shapes = {part.row_shape for part in slices}
+        if len(row_shapes) != 1:
+            raise ValueError(
+                f"Slices of one table have rows of one shape, not {row_shapes or None}."
+            )
+        [row_shape] = row_shapes
+        return RowSlices(
+            jnp.concatenate([replicated(part.ids).reshape(-1) for part in slices]),
+            jnp.concatenate(
+                [
+                    replicated(part.rows).reshape(part.ids.size, *row_shape)
+                    for part in slices
+                ]
+            ),
+        )
+
+    @overload
+    def __add__(self, other: "RowSlices") -> "RowSlices": ...
+    @overload
+    def __add__(self, other: ArrayLike) -> jax.Array: ...
+    def __add__(self, other: Any) -> Any:
+        """`slices + slices` are slices, `table + slices` is a table, in its dtype."""
+        if isinstance(other, RowSlices):
+            return RowSlices.concatenate([self, other])
+        table = jnp.asarray(other)
+        if (axes := row_axes(table.shape, self)) is None:
+            raise ValueError(
+                f"Rows of shape {self.row_shape} cannot be added to a table of shape "
+                f"{table.shape}."
+            )
+        if not jnp.issubdtype(table.dtype, jnp.inexact):
+            raise ValueError(
+                f"Rows of {self.rows.dtype} cannot be added to a table of "
+                f"{table.dtype}: it must have a floating-point dtype."
+            )
+        total = add_rows(flattened(table, axes), self.ids, self.rows)
+        return total.reshape(table.shape)
+
+    __radd__ = __add__
+
+    @overload
+    def __sub__(self, other: "RowSlices") -> "RowSlices": ...
+    @overload
+    def __sub__(self, other: ArrayLike) -> jax.Array: ...
+    def __sub__(self, other: Any) -> Any:
+        """`slices - slices` are slices, `slices - table` is a table."""
+        return self + -other
+
+    def __rsub__(self, table: ArrayLike) -> jax.Array:
+        """`table - slices` is a table, in its dtype."""
+        difference: jax.Array = table + -self
+        return difference
+
+    def __mul__(self, scalar: ArrayLike) -> "RowSlices":
+        """The slices scaled by a number, in the dtype of their rows."""
+        return self._scaled(jnp.multiply, scalar)
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, scalar: ArrayLike) -> "RowSlices":
+        """The slices divided by a number, in the dtype of their rows."""
+        return self._scaled(jnp.divide, scalar)
+
+    def __neg__(self) -> "RowSlices":
+        """The slices with their sign changed."""
+        return self.with_rows(-self.rows)
+
+    def _scaled(
+        self, operation: Callable[..., jax.Array], scalar: ArrayLike
+    ) -> "RowSlices":
+        if jnp.ndim(scalar) != 0:
+            raise ValueError(
+                f"RowSlices are scaled by a scalar, not by shape {jnp.shape(scalar)}."
+            )
+        wide = at_least_float32(self.rows.dtype)
+        rows = operation(self.rows.astype(wide), jnp.asarray(scalar, wide))
+        return self.with_rows(rows.astype(self.rows.dtype))
+
+    def __repr__(self) -> str:
+        return f"RowSlices(ids={self._shown_ids()!r}, rows={self.rows!r})"
+
+    def __str__(self) -> str:
+        return f"RowSlices(ids={self._shown_ids()}, rows={self.rows})"
+
+    def _shown_ids(self) -> Any:
+        return self.ids if is_opaque(self._ids) else self._ids
+
+    def __reduce__(self) -> Any:
+        # Pickles do not depend on how JAX stores typed keys.
+        return RowSlices, (self.ids, self.rows)
+
+    def tree_flatten_with_keys(self) -> tuple[Any, None]:
+        key = jax.tree_util.GetAttrKey
+        return ((key("ids"), self._ids), (key("rows"), self.rows)), None
+
+    @classmethod
+    def tree_unflatten(cls, _: None, children: tuple[Any, Any]) -> "RowSlices":
+        # JAX unflattens with placeholders too, which the checks would not understand.
+        self = object.__new__(cls)
+        object.__setattr__(self, "_ids", children[0])
+        object.__setattr__(self, "rows", children[1])
+        return self
+
+
+def is_slices(node: Any) -> bool:
+    """Whether a node of a tree is a `RowSlices`."""
+    return isinstance(node, RowSlices)
+
+
+def row_axes(shape: tuple[int, ...], slices: RowSlices) -> tuple[int, ...] | None:
+    """The first axes of a parameter, of which slices are rows; None if they are not.
+
+    There are several if the parameter is a stack of tables. Numbers are not looked for
+    in stacks, since slices of numbers for a table of longer rows are a mistake.
+    """
+    row_shape = slices.row_shape
+    count = len(shape) - len(row_shape)
+    is_stack = count > 1 and len(row_shape) > 0
+    if shape[count:] != row_shape or not (count == 1 or is_stack):
+        return None
+    return shape[:count]
+
+
+def flattened(array: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """A stack as one table: its first axes become one."""
+    if len(axes) < 2:
+        return array
+    return array.reshape(math.prod(axes), *array.shape[len(axes) :])
+
+
+def _check(slices: RowSlices) -> None:
+    rows, ids_shape = slices.rows, slices._ids.shape
+    if not jnp.issubdtype(rows.dtype, jnp.inexact):
+        raise ValueError(
+            f"The rows of RowSlices must have a floating-point dtype, not {rows.dtype}."
+        )
+    if rows.shape[: len(ids_shape)] != ids_shape:
+        raise ValueError(
+            f"The rows of RowSlices must have the shape of the ids, {ids_shape}, "
+            f"before that of a row, but their shape is {rows.shape}."
+        )
+
+
+def _describe(leaf: Any) -> str:
+    return str(getattr(leaf, "dtype", type(leaf).__name__))

@@ -1,0 +1,207 @@
+"""Trees of arrays that contain RowSlices: sums, norms, sums over devices."""
+
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import keystr
+
+from monolith_optax._rows.slices.duplicates import (
+    at_least_float32,
+    one_position,
+    sum_rows,
+)
+from monolith_optax._rows.slices.row_slices import RowSlices, is_slices, row_axes
+from monolith_optax._shardings import replicated
+
+Params = TypeVar("Params")
+Tree = TypeVar("Tree")
+
+
+def apply_updates(params: Params, updates: Any) -> Params:
+    """`optax.apply_updates`, which also adds `RowSlices` and rounds once.
+
+    Sums are taken in float32, or in the dtype of the parameter if that is wider, and
+    come back in the dtype of the parameter. So updates may be float32 for bfloat16 or
+    float16 parameters, and no setting of JAX's type promotion is in the way. Where
+    updates are None the parameters stay as they are, whatever they are: the parameters
+    may be an Equinox module whose updates are those of its arrays.
+
+    Args:
+      params: floating-point arrays; where updates are None, anything.
+      updates: for each parameter an array of its shape, `RowSlices` or None.
+
+    Returns:
+      The new parameters.
+
+    Raises:
+      ValueError: a parameter is not a floating-point array, or its update does not have
+        its shape.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from monolith_optax import RowSlices, apply_updates
+      >>> params = {"table": jnp.zeros((3, 2), jnp.bfloat16), "scale": jnp.ones(2)}
+      >>> slices = RowSlices(jnp.array([1, 1]), jnp.ones((2, 2), jnp.float32))
+      >>> params = apply_updates(params, {"table": slices, "scale": None})
+      >>> print(params["table"].dtype, params["table"][:, 0], params["scale"])
+      bfloat16 [0 2 0] [1. 1.]
+    """
+
+    def apply(path: Any, update: Any, param: Any) -> Any:
+        if update is None:
+            return param
+        shape, dtype = getattr(param, "shape", ()), getattr(param, "dtype", None)
+        if dtype is None or not jnp.issubdtype(dtype, jnp.inexact):
+            raise ValueError(
+                f"params{keystr(path)} is of {dtype or type(param)}, but only a "
+                "floating-point array can be updated. Make its update None."
+            )
+        if is_slices(update):
+            given = (*(row_axes(shape, update) or shape[:1]), *update.row_shape)
+        else:
+            given = np.shape(update)
+        if given != shape:
+            raise ValueError(
+                f"updates{keystr(path)} is for a parameter of shape {given}, but its "
+                f"parameter has the shape {shape}. They must be the same."
+            )
+        if is_slices(update):
+            return param + update
+        wide = at_least_float32(dtype)
+        return (param.astype(wide) + jnp.asarray(update, wide)).astype(dtype)
+
+    new: Params = jax.tree_util.tree_map_with_path(
+        apply, updates, params, is_leaf=lambda node: node is None or is_slices(node)
+    )
+    return new
+
+
+def global_norm(tree: Any) -> jax.Array:
+    """The 2-norm of all gradients, as `optax.global_norm` of the dense ones gives it.
+
+    Rows with the same id are summed before they are squared, and rows of negative ids
+    are left out. Slices do not know how many rows their table has: ids beyond it count
+    here, so use -1 for padding, as `value_and_row_grad` and `lazy_rows` do.
+
+    Args:
+      tree: floating-point arrays and `RowSlices`, those of different tables in
+        different leaves.
+
+    Returns:
+      A scalar, float32 or wider.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from monolith_optax import RowSlices, global_norm
+      >>> slices = RowSlices(jnp.array([7, 7, -1]), jnp.array([[1.0], [2.0], [9.0]]))
+      >>> print(global_norm({"table": slices, "dense": jnp.array([4.0])}))
+      5.0
+    """
+    leaves = jax.tree.leaves(tree, is_leaf=is_slices)
+    arrays = [_sums(leaf) if is_slices(leaf) else jnp.asarray(leaf) for leaf in leaves]
+    with jax.numpy_dtype_promotion("standard"):
+        norm: jax.Array = jnp.sqrt(sum(map(_sum_of_squares, arrays), jnp.float32(0)))
+    return norm
+
+
+def _sums(slices: RowSlices) -> jax.Array:
+    """The rows of slices, with those of one id added up."""
+    ids = replicated(slices.ids).reshape(-1)
+    wide = slices.rows.astype(at_least_float32(slices.rows.dtype))
+    return sum_rows(one_position(ids, np.uint32(2**31)), wide, slices.row_shape)
+
+
+def _sum_of_squares(array: jax.Array) -> jax.Array:
+    wide = array.astype(at_least_float32(array.dtype))
+    return jnp.sum(jnp.real(wide * jnp.conj(wide)))
+
+
+def psum(tree: Tree, axis_name: Any) -> Tree:
+    """`jax.lax.psum` of gradients of which some are `RowSlices`.
+
+    Slices of all devices are concatenated, which is their sum: each device then has as
+    many ids as all of them had together. It works where `jax.lax.psum` does, inside
+    `jax.shard_map` and `jax.vmap` with a named axis, and the results are the same on
+    all devices of the axis.
+
+    By default (`check_vma=True`), a gradient taken inside `jax.shard_map` with respect
+    to a dense parameter that all devices share is summed by JAX already. Give this
+    function only the slices there, or turn the check off.
+
+    Args:
+      tree: arrays and `RowSlices`.
+      axis_name: the name of an axis, or a tuple of names.
+
+    Returns:
+      The same tree, of sums.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> from monolith_optax import RowSlices, psum
+      >>> slices = RowSlices(jnp.array([[7], [8]]), jnp.ones((2, 1, 1)))
+      >>> total = jax.vmap(lambda s: psum(s, "data"), axis_name="data")(slices)
+      >>> print(total.ids)
+      [[7 8]
+       [7 8]]
+    """
+
+    def total(leaf: Any) -> Any:
+        if not is_slices(leaf):
+            return jax.lax.psum(leaf, axis_name)
+        rows = leaf.rows.reshape(leaf.ids.size, *leaf.row_shape)
+        return RowSlices(
+            _all_gather(leaf.ids.reshape(-1), axis_name), _all_gather(rows, axis_name)
+        )
+
+    totals: Tree = jax.tree.map(total, tree, is_leaf=is_slices)
+    return totals
+
+
+def pmean(tree: Tree, axis_name: Any) -> Tree:
+    """`jax.lax.pmean` of gradients of which some are `RowSlices`.
+
+    Each device's gradient is that of the mean over its part of the batch. Their mean is
+    then the gradient of the mean over the whole batch.
+
+    Args:
+      tree: arrays and `RowSlices`.
+      axis_name: the name of an axis, or a tuple of names.
+
+    Returns:
+      The same tree, of means: those of slices are concatenated, as in `psum`, and
+      divided by the number of devices.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> from monolith_optax import RowSlices, pmean
+      >>> slices = RowSlices(jnp.array([[7], [8]]), jnp.ones((2, 1, 1)))
+      >>> mean = jax.vmap(lambda s: pmean(s, "data"), axis_name="data")(slices)
+      >>> print(mean.rows[0])
+      [[0.5]
+       [0.5]]
+    """
+
+    def mean(leaf: Any) -> Any:
+        if not is_slices(leaf):
+            return jax.lax.pmean(leaf, axis_name)
+        return psum(leaf, axis_name) / jax.lax.axis_size(axis_name)
+
+    means: Tree = jax.tree.map(mean, tree, is_leaf=is_slices)
+    return means
+
+
+def _all_gather(array: jax.Array, axis_name: Any) -> jax.Array:
+    """The arrays of all devices, of a type that says they are the same on each."""
+    lax: Any = jax.lax
+    names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
+    gather, options = lax.all_gather, {}
+    if hasattr(lax, "all_gather_invariant"):  # JAX 0.8
+        gather = lax.all_gather_invariant
+    elif set(names) <= set(jax.sharding.get_abstract_mesh().manual_axes):
+        options = {"to": "invarying"}  # under vmap JAX 0.10 refuses it
+    gathered: jax.Array = gather(array, axis_name, tiled=True, **options)
+    return gathered

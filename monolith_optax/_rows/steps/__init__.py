@@ -1,0 +1,1 @@
+"""From row gradients to a step."""

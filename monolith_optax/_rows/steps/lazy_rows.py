@@ -1,0 +1,267 @@
+"""lazy_rows: an optimizer step on a table that touches only the rows of a batch."""
+
+import functools
+import itertools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.tree_util import keystr
+
+from monolith_optax._rows.programs.jaxprs import trace
+from monolith_optax._rows.programs.known_constants import ZERO
+from monolith_optax._rows.programs.row_values import (
+    MixesRowsError,
+    Pending,
+    Rows,
+    Value,
+    Whole,
+)
+from monolith_optax._rows.programs.run_on_rows import Runner
+from monolith_optax._rows.slices.duplicates import sum_duplicates
+from monolith_optax._rows.slices.row_access import Table
+from monolith_optax._rows.slices.row_slices import RowSlices, is_slices, row_axes
+from monolith_optax._rows.steps.flatten_stacks import flat_program
+from monolith_optax._rows.steps.state_leaves import WHOLE, Leaf, check_kind, owners
+
+
+def lazy_rows(
+    inner: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+    """Makes an optimizer step on only the rows of a batch.
+
+    Where the gradient of a table is a `RowSlices`, duplicate ids are summed, the rows
+    that they touch are gathered from the table and from every slot of it, the inner
+    optimizer steps once on these rows and on all dense leaves, and the rows of the
+    slots are written back. The update of the table is a `RowSlices` too, which
+    `optax.apply_updates` adds. The cost is that of the batch, whatever the size of the
+    table, if parameters and state are donated to a jitted step and come back in the
+    order in which they went in: JAX reuses buffers of one shape in this order, and
+    copies whole tables where it does not fit.
+
+    The semantics are lazy. A row that is not touched does not move: its momentum does
+    not carry it on, its slots do not decay, weight decay does not shrink it. Counts
+    that are one for all rows, as in Adam's bias correction, count every step; the
+    slot `c` of `adamom` counts the steps of its row. Where every step touches every
+    row, all of this is the dense optimizer. Gradients that are arrays, also those of
+    tables, take the dense step.
+
+    Args:
+      inner: the optimizer: any one that treats each row by itself, as adamom, rmsprop,
+        adam, adamw, adagrad, sgd and lion do, also with masks, schedules, noise, or
+        clipping by a norm of gradients. Its step is traced on whole tables, and runs on
+        the rows of the batch if each of its operations allows that.
+
+    Returns:
+      An `optax.GradientTransformationExtraArgs` whose state is the inner one's.
+
+    Raises:
+      ValueError: (`update`) an operation of the inner optimizer needs rows that are not
+        in the batch (adafactor, LAMB, LARS, Muon; the error names the operation and its
+        line), or it holds updates back for later steps (MultiSteps, lookahead, SAM), or
+        slices do not fit their table, or params are missing.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> from monolith_optax import RowSlices, adamom, lazy_rows
+      >>> tx = lazy_rows(adamom(learning_rate=0.1))
+      >>> params = {"table": jnp.ones((1000, 2))}
+      >>> state = tx.init(params)
+      >>> gradients = {"table": RowSlices(jnp.array([7, 7]), jnp.ones((2, 2)))}
+      >>> updates, state = tx.update(gradients, state, params)
+      >>> params = optax.apply_updates(params, updates)
+      >>> print(params["table"][6:8], state.c["table"][6:8, 0])
+      [[1.    1.   ]
+       [0.999 0.999]] [0. 1.]
+    """
+    inner = optax.with_extra_args_support(inner)
+    # So that calls outside of a jit trace only once, too.
+    jitted = jax.jit(functools.partial(_step, inner))
+
+    def update(
+        updates: optax.Updates,
+        state: optax.OptState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, optax.OptState]:
+        step = inner.update
+        if any(map(is_slices, jax.tree.leaves(updates, is_leaf=is_slices))):
+            check_kind(state)
+            _check_slices(updates, params)
+            _check_extra_args(extra_args)
+            only_arrays = all(map(_is_array, jax.tree.leaves(extra_args)))
+            step = jitted if only_arrays else functools.partial(_step, inner)
+        result: tuple[Any, Any] = step(updates, state, params, **extra_args)
+        return result
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)
+
+
+def _is_array(leaf: Any) -> bool:
+    """Whether a leaf may be traced; functions, strings and flags may not."""
+    kinds = jax.Array, np.ndarray, np.generic, int, float, complex
+    return isinstance(leaf, kinds) and not isinstance(leaf, bool)
+
+
+def _step(
+    inner: optax.GradientTransformationExtraArgs,
+    updates: optax.Updates,
+    state: optax.OptState,
+    params: optax.Params,
+    **extra_args: Any,
+) -> tuple[optax.Updates, optax.OptState]:
+    """One step on the rows that the slices name, and on all of the dense leaves."""
+    structure = jax.tree.structure(params)
+    gradients, weights = _gradients_and_weights(updates, params)
+    owner_tree = jax.tree.unflatten(structure, [leaf.owner for leaf in weights])
+    slots, slots_structure = _slots(inner, state, params, owner_tree)
+    stacks = {leaf.row_axes for leaf in weights if leaf.row_axes}
+    slots = [leaf.of_a_stack(stacks) for leaf in slots]
+    extra, extra_structure = jax.tree.flatten(extra_args)
+    arrays = [leaf for leaf in extra if _is_array(leaf)]
+
+    runner = Runner([leaf.owner for leaf in weights if isinstance(leaf.owner, Table)])
+    operands = [
+        gradients,
+        [leaf.value(runner) for leaf in slots],
+        [leaf.value(runner) for leaf in weights],
+        [runner.whole(array) for array in arrays],
+    ]
+    types = [
+        list(map(_whole_type, operands[0], [leaf.array for leaf in weights])),
+        list(map(_whole_type, operands[1], [leaf.array for leaf in slots])),
+        list(map(_whole_type, operands[2], [leaf.array for leaf in weights])),
+        list(map(jax.typeof, arrays)),
+    ]
+
+    def whole_step(gradients: Any, slots: Any, weights: Any, arrays: Any) -> Any:
+        arrays = iter(arrays)
+        leaves = [next(arrays) if _is_array(leaf) else leaf for leaf in extra]
+        return inner.update(
+            jax.tree.unflatten(structure, gradients),
+            jax.tree.unflatten(slots_structure, slots),
+            jax.tree.unflatten(structure, weights),
+            **jax.tree.unflatten(extra_structure, leaves),
+        )
+
+    program, shapes = trace(whole_step, *types)
+    given: Any = jax.tree.structure((updates, state), is_leaf=is_slices)
+    if jax.tree.structure(shapes) != given:
+        raise MixesRowsError("updates or state change their structure")
+    for leaf, after in zip([*weights, *slots], jax.tree.leaves(shapes), strict=True):
+        if leaf.owner is not WHOLE and np.shape(leaf.array) != after.shape:
+            raise MixesRowsError(
+                f"what is {np.shape(leaf.array)} for {leaf.name} becomes {after.shape}"
+            )
+    of_weights, of_slots = (
+        [each.row_axes for each in part] for part in (weights, slots)
+    )
+    program = flat_program(
+        program,
+        [*of_weights, *of_slots, *of_weights, *([()] * len(arrays))],
+        [*of_weights, *of_slots],
+    )
+    results = runner.run(program, list(itertools.chain(*operands)))
+    new_updates, new_slots = results[: len(weights)], results[len(weights) :]
+    return (
+        jax.tree.unflatten(structure, map(_update, new_updates, weights)),
+        jax.tree.unflatten(
+            slots_structure,
+            [
+                leaf.written(new, old, runner)
+                for leaf, new, old in zip(slots, new_slots, operands[1], strict=True)
+            ],
+        ),
+    )
+
+
+def _gradients_and_weights(
+    updates: optax.Updates, params: optax.Params
+) -> tuple[list[Value], list[Leaf]]:
+    given = jax.tree.leaves(updates, is_leaf=is_slices)
+    weights = [
+        Leaf(param, f"params{keystr(path)}", WHOLE)
+        for path, param in jax.tree.leaves_with_path(params)
+    ]
+    gradients: list[Value] = []
+    for i, gradient in enumerate(given):
+        if not is_slices(gradient):
+            gradients.append(Whole(gradient))
+            continue
+        axes = row_axes(np.shape(weights[i].array), gradient) or ()
+        num_rows = math.prod(axes)
+        ids, rows = sum_duplicates(gradient.ids, gradient.rows, num_rows)
+        table = Table(weights[i].name, num_rows, ids)
+        gradients.append(Rows(rows, table, ZERO))
+        stack = axes if len(axes) > 1 else ()
+        weights[i] = weights[i]._replace(owner=table, row_axes=stack)
+    return gradients, weights
+
+
+def _slots(
+    inner: optax.GradientTransformation,
+    state: optax.OptState,
+    params: optax.Params,
+    owner_tree: Any,
+) -> tuple[list[Leaf], Any]:
+    leaves, structure = jax.tree.flatten_with_path(state)
+    found = owners(inner, state, params, owner_tree)
+    return [
+        Leaf(slot, f"state{keystr(path)}", owner)
+        for (path, slot), owner in zip(leaves, found, strict=True)
+    ], structure
+
+
+def _whole_type(value: Value, whole: Any) -> Any:
+    """The type of what a value is in the whole step."""
+    if isinstance(value, Whole):
+        return jax.typeof(value.array)
+    whole_type = jax.typeof(whole)
+    if isinstance(value, Pending):
+        return whole_type
+    # Rows vary over devices as ids do, so this is not the type of what is whole.
+    return jax.typeof(value.array).update(
+        shape=whole_type.shape, sharding=whole_type.sharding
+    )
+
+
+def _update(value: Value, weight: Leaf) -> Any:
+    table = weight.owner
+    if table is WHOLE:
+        return weight.all(value)
+    # -1 is padding also where nobody knows how many rows there are, as in norms.
+    return RowSlices(jnp.where(table.valid, table.ids, -1), weight.rows(value))
+
+
+def _check_extra_args(extra_args: dict[str, Any]) -> None:
+    for name, value in extra_args.items():
+        if any(map(is_slices, jax.tree.leaves(value, is_leaf=is_slices))):
+            raise MixesRowsError(f"the extra argument {name} holds RowSlices")
+
+
+def _check_slices(updates: optax.Updates, params: optax.Params | None) -> None:
+    if params is None:
+        raise ValueError(
+            "lazy_rows needs the current parameters, but params is None: call "
+            "update(gradients, state, params)."
+        )
+    given: Any = jax.tree.structure(updates, is_leaf=is_slices)
+    if given != jax.tree.structure(params):
+        raise ValueError(
+            f"The gradients have the structure {given}, but the parameters "
+            f"{jax.tree.structure(params)}."
+        )
+    for (path, slices), table in zip(
+        jax.tree.leaves_with_path(updates, is_leaf=is_slices),
+        jax.tree.leaves(params),
+        strict=True,
+    ):
+        if is_slices(slices) and row_axes(np.shape(table), slices) is None:
+            raise ValueError(
+                f"gradients{keystr(path)} has rows of shape {slices.row_shape}, but "
+                f"its parameter of shape {np.shape(table)} is no table of such rows."
+            )
