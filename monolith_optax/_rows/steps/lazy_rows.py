@@ -25,7 +25,13 @@ from monolith_optax._rows.slices.duplicates import sum_duplicates
 from monolith_optax._rows.slices.row_access import Table
 from monolith_optax._rows.slices.row_slices import RowSlices, is_slices, row_axes
 from monolith_optax._rows.steps.flatten_stacks import flat_program
-from monolith_optax._rows.steps.state_leaves import WHOLE, Leaf, check_kind, owners
+from monolith_optax._rows.steps.state_leaves import (
+    ANYBODY,
+    WHOLE,
+    Leaf,
+    check_kind,
+    owners,
+)
 
 
 def lazy_rows(
@@ -117,8 +123,7 @@ def _step(
     """One step on the rows that the slices name, and on all of the dense leaves."""
     structure = jax.tree.structure(params)
     gradients, weights = _gradients_and_weights(updates, params)
-    owner_tree = jax.tree.unflatten(structure, [leaf.owner for leaf in weights])
-    slots, slots_structure = _slots(inner, state, params, owner_tree)
+    slots, slots_structure = _slots(inner, state, params, weights)
     stacks = {leaf.row_axes for leaf in weights if leaf.row_axes}
     slots = [leaf.of_a_stack(stacks) for leaf in slots]
     extra, extra_structure = jax.tree.flatten(extra_args)
@@ -206,13 +211,23 @@ def _slots(
     inner: optax.GradientTransformation,
     state: optax.OptState,
     params: optax.Params,
-    owner_tree: Any,
+    weights: list[Leaf],
 ) -> tuple[list[Leaf], Any]:
     leaves, structure = jax.tree.flatten_with_path(state)
-    found = owners(inner, state, params, owner_tree)
+    row_axes = {
+        i: len(weight.row_axes) or 1
+        for i, weight in enumerate(weights)
+        if np.ndim(weight.array)
+    }
     return [
-        Leaf(slot, f"state{keystr(path)}", owner)
-        for (path, slot), owner in zip(leaves, found, strict=True)
+        Leaf(
+            slot,
+            f"state{keystr(path)}",
+            weights[owner].owner if isinstance(owner, int) else ANYBODY,
+        )
+        for (path, slot), owner in zip(
+            leaves, owners(inner, params, state, row_axes), strict=True
+        )
     ], structure
 
 

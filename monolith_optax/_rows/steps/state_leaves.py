@@ -1,19 +1,24 @@
 """Which table a leaf of an optimizer's state belongs to."""
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import optax
 
+from monolith_optax._leaves import dtype_of
 from monolith_optax._rows.programs.row_values import MixesRowsError, Rows, Value, Whole
 from monolith_optax._rows.programs.run_on_rows import Runner
 from monolith_optax._rows.slices.row_access import Table
 from monolith_optax._rows.slices.row_slices import flattened
 
-WHOLE = object()  # leaves of dense parameters
-ANYBODY = object()  # leaves of which only the program can say whose they are
+WHOLE = object()  # owner of the leaves of dense parameters
+ANYBODY = object()  # owner of leaves of which only the program can say whose they are
+
+# What `owners` says of a leaf that may have rows of a parameter, or may not.
+UNTOLD = object()
 
 
 def check_kind(state: optax.OptState) -> None:
@@ -40,38 +45,109 @@ _ACCUMULATORS = (
 
 
 def owners(
-    inner: optax.GradientTransformation,
-    state: optax.OptState,
+    tx: optax.GradientTransformation,
     params: optax.Params,
-    tables: Any,
+    state: optax.OptState,
+    row_axes: Mapping[int, int] | None = None,
 ) -> list[Any]:
-    """For each leaf of the state its table, WHOLE or ANYBODY.
+    """Whose rows each leaf of the state of an optimizer has.
+
+    `tx.init` is traced on parameters that have a few rows more, each another number of
+    them: a leaf of the state that then has as many rows is theirs. So it is no matter
+    which parameters have the same number of rows, or what a leaf's other axes are. Only
+    types count, and nothing is computed.
 
     Args:
-      inner: the optimizer.
-      state: its state.
-      params: the parameters.
-      tables: a tree like the parameters, of tables and WHOLE.
-    """
+      tx: the optimizer.
+      params: the parameters, or their types.
+      state: a state of the optimizer, or its types.
+      row_axes: the parameters to ask for, as indices of their leaves, and how many of
+        their first axes are rows. None: the first one of each that has axes.
 
-    def owner(slot: Any, table: Any, param: Any) -> Any:
+    Returns:
+      For each leaf of the state, in order, the index of the parameter of which it has
+      one entry or more for each row, on the same first axes; None if it has the same
+      size however many rows there are; or UNTOLD. That is so of leaves that have rows
+      in another way, and if `init` does not take such parameters, or gives another
+      state for them, of all leaves but those for which `optax.tree.map_params` tells.
+    """
+    leaves, structure = jax.tree.flatten(params)
+    if row_axes is None:
+        row_axes = {i: 1 for i, leaf in enumerate(leaves) if np.ndim(leaf)}
+    types = [jax.ShapeDtypeStruct(np.shape(leaf), dtype_of(leaf)) for leaf in leaves]
+    grown = _with_more_rows(types, row_axes)
+    try:
+        after = jax.eval_shape(tx.init, jax.tree.unflatten(structure, grown))
+    except Exception:  # the init of others may raise any
+        after = None
+    given: Any = jax.tree.structure(state)
+    if jax.tree.structure(after) != given:
+        return _as_optax_says(tx, params, state, row_axes)
+    return [
+        _owner(np.shape(old), new.shape, grown, row_axes)
+        for old, new in zip(jax.tree.leaves(state), jax.tree.leaves(after), strict=True)
+    ]
+
+
+def _with_more_rows(types: list[Any], row_axes: Mapping[int, int]) -> list[Any]:
+    """The types of parameters whose row axes all have different lengths."""
+    lengths = {size for each in types for size in each.shape}
+
+    def another(size: int) -> int:
+        size = next(n for n in itertools.count(size + 1) if n not in lengths)
+        lengths.add(size)
+        return size
+
+    grown = list(types)
+    for i, count in row_axes.items():
+        shape = types[i].shape
+        grown[i] = types[i].update(shape=(*map(another, shape[:count]), *shape[count:]))
+    return grown
+
+
+def _owner(
+    before: tuple[int, ...],
+    after: tuple[int, ...],
+    grown: list[Any],
+    row_axes: Mapping[int, int],
+) -> Any:
+    if before == after:
+        return None
+    for i, count in row_axes.items():
+        if after == (*grown[i].shape[:count], *before[count:]):
+            return i
+    return UNTOLD
+
+
+def _as_optax_says(
+    tx: optax.GradientTransformation,
+    params: optax.Params,
+    state: optax.OptState,
+    row_axes: Mapping[int, int],
+) -> list[Any]:
+    indices = jax.tree.unflatten(
+        jax.tree.structure(params), range(len(jax.tree.leaves(params)))
+    )
+
+    def owner(slot: Any, index: int, param: Any) -> Any:
         if isinstance(slot, optax.MaskedNode):
             return slot
-        is_slot = table is WHOLE or np.shape(slot) == np.shape(param)
-        return table if is_slot else ANYBODY
+        count = row_axes.get(index, 0)
+        is_slot = np.shape(slot)[:count] == np.shape(param)[:count] != ()
+        return index if is_slot else UNTOLD
 
     try:
         tree = optax.tree.map_params(
-            inner,
+            tx,
             owner,
             state,
-            tables,
+            indices,
             params,
-            transform_non_params=lambda node: jax.tree.map(lambda _: ANYBODY, node),
+            transform_non_params=lambda node: jax.tree.map(lambda _: UNTOLD, node),
             is_leaf=lambda node: isinstance(node, optax.MaskedNode),
         )
     except Exception:  # an init that does not take optax's placeholders may raise any
-        return [ANYBODY] * len(jax.tree.leaves(state))
+        return [UNTOLD] * len(jax.tree.leaves(state))
     return jax.tree.leaves(tree)
 
 
