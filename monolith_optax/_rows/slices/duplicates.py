@@ -29,16 +29,24 @@ def sum_duplicates(
       table, for which `is_beyond` holds, and rows of zeros.
     """
     row_shape = rows.shape[ids.ndim :]
-    ids = replicated(ids).reshape(-1)
-    check_size(num_rows, len(ids))
-    positions = one_position(ids, np.uint32(num_rows))
-    here = jnp.arange(len(ids), dtype=jnp.int32)
-    distinct = jnp.where(positions == here, ids, LAST_ID - here)
+    positions, distinct = distinct_ids(replicated(ids).reshape(-1), num_rows)
     return distinct, sum_rows(positions, rows, row_shape)
 
 
+def distinct_ids(ids: jax.Array, num_rows: int) -> tuple[jax.Array, jax.Array]:
+    """The one position of each id, and ids of which no two are the same.
+
+    At its one position an id stays; at all others, and at those of padding, there are
+    ids beyond the table, for which `is_beyond` holds.
+    """
+    check_size(num_rows, len(ids))
+    positions = one_position(ids, np.uint32(num_rows))
+    here = jnp.arange(len(ids), dtype=jnp.int32)
+    return positions, jnp.where(positions == here, ids, LAST_ID - here)
+
+
 def is_beyond(distinct: jax.Array) -> jax.Array:
-    """Which of the ids of `sum_duplicates` stand for no row of their table."""
+    """Which of the ids of `distinct_ids` stand for no row of their table."""
     return distinct > LAST_ID - len(distinct)
 
 

@@ -9,13 +9,19 @@ import optax
 from jax.tree_util import keystr
 
 from monolith_optax._leaves import describe, dtype_of
-from monolith_optax._rows.programs.jaxprs import trace
+from monolith_optax._rows.programs.jaxprs import Program, inlined, needed, trace
 from monolith_optax._rows.programs.row_values import MixesRowsError, Rows, Value
 from monolith_optax._rows.programs.run_on_rows import Runner
-from monolith_optax._rows.slices.duplicates import LAST_ID
-from monolith_optax._rows.slices.opaque_ids import int32_ids
 from monolith_optax._rows.slices.row_access import Table
-from monolith_optax._shardings import explicit_sharding, replicated
+from monolith_optax._rows.steps.flatten_stacks import flat_program
+from monolith_optax._rows.steps.named_rows import (
+    NamedRows,
+    broadcast,
+    is_none,
+    named_rows,
+)
+from monolith_optax._rows.steps.read_rows import written
+from monolith_optax._rows.steps.slot_owners import slot_owners
 
 Params = TypeVar("Params")
 State = TypeVar("State")
@@ -41,7 +47,8 @@ def reset_rows(
       rows: a tree that is a prefix of params: for each table the rows to reset,
         integers of shape (k,), and None for leaves that keep all of their rows. Rows
         that are negative or beyond the table are padding and do nothing. A row that is
-        there twice gets either of its new weights.
+        there twice gets the last of its new weights. A table of three or more axes has
+        rows of shape (k, n), as `read_rows` says.
       init: a tree that is a prefix of params: the new weights of each table, an array
         that broadcasts to (k, ...), where ... is the shape of a row, or a number.
 
@@ -65,169 +72,100 @@ def reset_rows(
       >>> print(params["items"][2:, 0], state.norm["items"][2:, 0])
       [1.   0.25] [1.5 0.5]
     """
-    leaves, structure = jax.tree.flatten_with_path(params, is_leaf=_is_none)
-    names = [f"params{keystr(path)}" for path, _ in leaves]
-    weights = [leaf for _, leaf in leaves]
-    tables: dict[int, Table] = {}
-    news: dict[int, jax.Array] = {}
-    starts = _broadcast("init", init, params)
-    for i, ids in enumerate(_broadcast("rows", rows, params)):
-        if ids is not None and weights[i] is not None:
-            tables[i] = _table(names[i], weights[i], ids)
-            news[i] = _new_rows(tables[i], weights[i], starts[i])
+    named = named_rows(rows, params)
+    weights, structure = jax.tree.flatten(params, is_leaf=is_none)
+    starts = broadcast("init", init, params)
+    new: list[Any] = [
+        _new_rows(named[i], weights[i], starts[i]) if i in named else None
+        for i in range(len(weights))
+    ]
+    owners = slot_owners(tx, params, state, named)
     try:
-        slots = _slots(tx, weights, structure, state, tables, news)
+        slots = _initial_slots(tx, params, state, named, owners, new)
     except MixesRowsError as error:
         error.needed_by, error.way_out = "reset_rows", "Begin with a new state"
         raise
-    for i, table in tables.items():
-        weights[i] = _written(weights[i], table, news[i])
-    return jax.tree.unflatten(structure, weights), slots
+    values = jax.tree.unflatten(structure, new), slots
+    return written(params, state, named, owners, values)
 
 
-def _is_none(node: Any) -> bool:
-    return node is None
-
-
-def _broadcast(what: str, prefix: Any, params: optax.Params) -> list[Any]:
-    """What a prefix of params says of each leaf, of which None is one."""
-    try:
-        tree = jax.tree.broadcast(prefix, params, is_leaf=_is_none)
-    except ValueError as error:
-        raise ValueError(
-            f"{what} must be a tree that is a prefix of the tree of params, with None "
-            f"for leaves that are not reset, but it is {jax.tree.structure(prefix)}, "
-            f"and that of params is {jax.tree.structure(params)}."
-        ) from error
-    return jax.tree.leaves(tree, is_leaf=_is_none)
-
-
-def _table(name: str, weights: Any, ids: Any) -> Table:
-    """The rows of a table to be reset; those of padding are beyond it."""
-    if np.ndim(weights) == 0:
-        raise ValueError(f"rows names {name}, but a scalar has no rows.")
-    if not jnp.issubdtype(dtype_of(ids), jnp.integer):
-        raise TypeError(f"The rows of {name} must be integers, not {describe(ids)}.")
-    if np.ndim(ids) != 1:
-        raise ValueError(
-            f"The rows of {name} must have the shape (k,), but they are "
-            f"{describe(ids)}."
-        )
-    ids, num_rows = replicated(int32_ids(ids)), len(weights)
-    valid = (ids >= 0) & (ids < num_rows)
-    return Table(name, num_rows, jnp.where(valid, ids, LAST_ID))
-
-
-def _new_rows(table: Table, weights: Any, start: Any) -> jax.Array:
-    shape = (table.batch_size, *np.shape(weights)[1:])
+def _new_rows(rows: NamedRows, weights: Any, start: Any) -> jax.Array:
+    shape = (len(rows.ids), *np.shape(weights)[len(rows.axes) :])
     try:
         if start is None or np.broadcast_shapes(np.shape(start), shape) != shape:
             raise ValueError
     except ValueError:
         given = "None" if start is None else describe(start)
         raise ValueError(
-            f"The new weights of {table.name} must broadcast to {shape}, but init has "
+            f"The new weights of {rows.name} must broadcast to {shape}, but init has "
             f"{given} for it."
         ) from None
-    start = jnp.asarray(start, dtype_of(weights))
-    return jnp.broadcast_to(start, shape)
+    return jnp.broadcast_to(jnp.asarray(start, dtype_of(weights)), shape)
 
 
-def _written(array: Any, table: Table, new: jax.Array) -> jax.Array:
-    array = jnp.asarray(array)
-    new = new.astype(array.dtype)
-    # Rows may repeat, so nothing is promised as in Table.scatter.
-    written: jax.Array = array.at[table.ids].set(
-        new, mode="drop", out_sharding=explicit_sharding(array)
-    )
-    return written
-
-
-def _slots(
+def _initial_slots(
     tx: optax.GradientTransformation,
-    weights: list[Any],
-    structure: Any,
-    state: optax.OptState,
-    tables: dict[int, Table],
-    news: dict[int, jax.Array],
-) -> optax.OptState:
-    """The state whose slots begin again in the rows of the tables."""
+    params: Any,
+    state: Any,
+    named: dict[int, NamedRows],
+    owners: list[NamedRows | None],
+    new: list[Any],
+) -> Any:
+    """A tree like the state, of what slots begin with in these rows, and of None."""
+    leaves, structure = jax.tree.flatten(params, is_leaf=is_none)
+    given = [i for i, leaf in enumerate(leaves) if leaf is not None]
 
     def init(weights: list[Any]) -> optax.OptState:
-        return tx.init(jax.tree.unflatten(structure, weights))
+        filled = dict(zip(given, weights, strict=True))
+        every = [filled.get(i) for i in range(len(leaves))]
+        return tx.init(jax.tree.unflatten(structure, every))
 
-    types = jax.tree.map(jax.typeof, weights)
-    program, shapes = trace(init, types)
-    _check_state(state, shapes)
+    every_leaf = jax.tree.leaves(state, is_leaf=is_none)
+    owners = [
+        owner
+        for owner, leaf in zip(owners, every_leaf, strict=True)
+        if leaf is not None
+    ]
+    program = inlined(trace(init, [jax.typeof(leaves[i]) for i in given])[0])
+    _refuse_noise(program, owners)
+    program = flat_program(
+        program,
+        [named[i].axes if i in named else () for i in given],
+        [owner.axes if owner else () for owner in owners],
+    )
+    tables = {rows.name: rows.table for rows in named.values()}
     runner = Runner(list(tables.values()))
     operands: list[Value] = [
-        Rows(news[i], tables[i]) if i in tables else runner.whole(array)
-        for i, array in enumerate(weights)
-        if array is not None
+        Rows(new[i], tables[named[i].name]) if i in named else runner.whole(leaves[i])
+        for i in given
     ]
-    initial = runner.run(program, operands)
-    owners = _owners(init, types, shapes, tables)
-    written = []
-    for (path, old), owner, value in zip(
-        jax.tree.leaves_with_path(state), owners, initial, strict=True
-    ):
-        if owner is None:
-            written.append(old)
-            continue
-        if isinstance(value, Rows) and value.table is not owner:
-            name = f"state{keystr(path)}"
-            raise MixesRowsError(f"{name} depends on rows of {value.table.name}")
-        written.append(_written(old, owner, value.at(owner)))
-    return jax.tree.unflatten(jax.tree.structure(state), written)
-
-
-def _check_state(state: optax.OptState, shapes: Any) -> None:
-    given: Any = jax.tree.structure(state)
-    expected: Any = jax.tree.structure(shapes)
-    if given != expected:
-        raise ValueError(
-            "The state must be that of the optimizer for these params, but it is "
-            f"{given} instead of {expected}."
+    slots = [
+        None if owner is None else _rows_of(value, tables[owner.name], path)
+        for (path, _), owner, value in zip(
+            jax.tree.leaves_with_path(state),
+            owners,
+            runner.run(program, operands),
+            strict=True,
         )
-    for (path, leaf), shape in zip(
-        jax.tree.leaves_with_path(state), jax.tree.leaves(shapes), strict=True
-    ):
-        if np.shape(leaf) != shape.shape:
-            raise ValueError(
-                f"state{keystr(path)} has the shape {np.shape(leaf)}, but the "
-                f"optimizer gives it {shape.shape} for these params."
-            )
+    ]
+    return jax.tree.unflatten(jax.tree.structure(state), slots)
 
 
-def _owners(
-    init: Any, types: list[Any], shapes: Any, tables: dict[int, Table]
-) -> list[Table | None]:
-    """The table of each leaf of the state: the one with which it grows.
-
-    This needs no more of an optimizer than that `init` can be traced, and finds slots
-    of one number per row as well as full ones.
-    """
-    owners: list[Table | None] = [None] * len(jax.tree.leaves(shapes))
-    for i, table in tables.items():
-        more = jax.ShapeDtypeStruct(
-            (table.num_rows + 1, *types[i].shape[1:]), types[i].dtype
+def _rows_of(value: Value, table: Table, path: Any) -> Any:
+    if isinstance(value, Rows) and value.table is not table:
+        raise MixesRowsError(
+            f"state{keystr(path)} depends on rows of {value.table.name}"
         )
-        grown = jax.eval_shape(init, [*types[:i], more, *types[i + 1 :]])
-        same: Any = jax.tree.structure(shapes)
-        if jax.tree.structure(grown) != same:
-            raise ValueError(
-                f"The optimizer's state has another structure if {table.name} has one "
-                "row more, so its slots cannot be told: let no mask or label depend on "
-                "the exact number of rows."
-            )
-        before, after = jax.tree.leaves(shapes), jax.tree.leaves(grown)
-        for leaf, (old, new) in enumerate(zip(before, after, strict=True)):
-            if old.shape == new.shape:
-                continue
-            if new.shape != (table.num_rows + 1, *old.shape[1:]):
-                raise MixesRowsError(
-                    f"a leaf of the state, of shape {old.shape}, has rows of "
-                    f"{table.name}, of shape {types[i].shape}, not on its first axis"
-                )
-            owners[leaf] = table
-    return owners
+    return value.at(table)
+
+
+def _refuse_noise(program: Program, owners: list[NamedRows | None]) -> None:
+    """A key gives other numbers for some rows than for the whole table."""
+    for result, owner in zip(program.jaxpr.outvars, owners, strict=True):
+        wanted = needed(program, [result], ()) if owner else set()
+        for equation in program.jaxpr.eqns:
+            if equation.primitive.name in _NOISE and wanted & {*equation.outvars}:
+                raise MixesRowsError("draws random numbers for slots", equation)
+
+
+_NOISE = ("random_bits", "threefry2x32", "rng_bit_generator", "rng_uniform")

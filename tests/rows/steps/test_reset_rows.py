@@ -12,7 +12,6 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from registry import VARIANTS
 
 from monolith_optax import IdMap, adamom, embedding, lazy_rows, reset_rows
-from monolith_optax._rows.steps.reset_rows import _table
 
 ROWS = [40, 3, -1, NUM_ROWS, 0, -(2**31), 7]
 RESET = np.isin(np.arange(NUM_ROWS), [40, 3, 0, 7])
@@ -250,9 +249,14 @@ def test_labels_that_count_rows():
         return jax.tree.map(lambda x: str(len(x) == NUM_ROWS), params)
 
     tx = optax.partition({"True": embedding.adam(), "False": optax.sgd(0.1)}, labels)
-    params, rows = parameters(), {"table": jnp.array([1]), "dense": None}
-    with pytest.raises(ValueError, match=r"\['table'\] has one row more"):
-        reset_rows(tx, params, tx.init(params), rows, 0.0)
+    assert_reset(tx)  # optax.tree.map_params says whose slots they are
+    tx = optax.GradientTransformation(
+        lambda params: [jnp.zeros(len(params))] * (len(params) == NUM_ROWS),
+        optax.identity().update,
+    )
+    table = jnp.ones((NUM_ROWS, DIM))
+    with pytest.raises(ValueError, match=r"state\[0\].* depend on the number of rows"):
+        reset_rows(tx, table, tx.init(table), jnp.array([1]), 0.0)
 
 
 def test_slots_that_depend_on_other_rows():
@@ -276,6 +280,52 @@ def test_a_scalar_has_no_rows():
         )
 
 
-def test_padding_is_not_among_the_rows_of_a_table():
-    ids = jnp.array([1, -1, 7])
-    assert _table("t", jnp.ones((5, 2)), ids).valid.tolist() == [True, False, False]
+def test_a_row_that_is_there_twice_gets_the_last_of_its_weights():
+    tx = optax.contrib.schedule_free_sgd(0.1)  # whose slot z begins with the weights
+    table = jnp.zeros((4, 2))
+    start = jnp.array([[1.0], [2.0], [3.0]])
+    after, state = reset_rows(tx, table, tx.init(table), jnp.array([2, 2, 0]), start)
+    for array in after, state.z:
+        assert array[:, 0].tolist() == [3, 0, 2, 0]
+
+
+def test_rows_of_a_stack_of_tables():
+    tx = optax.chain(embedding.adagrad(0.1), optax.trace(0.9))
+    stack = jnp.ones((2, 5, 3))
+    stack, state = trained(tx, stack)
+    pairs = jnp.array([[1, 4], [0, 2], [0, 5], [-1, 0], [2, 0]])
+    after, slots = reset_rows(tx, stack, state, pairs, 7.0)
+    reset = np.zeros((2, 5), bool)
+    reset[1, 4] = reset[0, 2] = True
+    np.testing.assert_array_equal((after == 7).all(-1), reset)
+    initial = tx.init(jnp.ones((2, 5, 3)))
+    for leaf, old, start in zip(
+        *map(jax.tree.leaves, (slots, state, initial)), strict=True
+    ):
+        if leaf.shape[:2] == (2, 5):
+            where = reset.reshape(2, 5, *[1] * (leaf.ndim - 2))
+            np.testing.assert_array_equal(leaf, np.where(where, start, old))
+    whole, _ = reset_rows(tx, stack, state, jnp.array([[1], [2]]), 7.0)
+    assert (whole == 7).all((1, 2)).tolist() == [False, True]
+    tx = embedding.rowwise_adagrad(0.1)  # of a stack: a number for each table
+    with pytest.raises(ValueError, match=r"state.sum_square of shape \(2,\)"):
+        reset_rows(tx, stack, tx.init(stack), pairs, 7.0)
+    with pytest.raises(ValueError, match=r"stack of tables.*\(k, 2\) for pairs"):
+        reset_rows(tx, stack, state, jnp.array([1]), 0.0)
+
+
+def test_slots_that_begin_with_row_numbers_or_noise():
+    def numbered(params):
+        return jnp.arange(len(params))[:, None] + params
+
+    tx = optax.GradientTransformation(numbered, optax.identity().update)
+    table = jnp.zeros((6, 2))
+    _, slots = reset_rows(tx, table, jnp.zeros((6, 2)), jnp.array([4, 1]), 0.5)
+    assert slots[:, 0].tolist() == [0, 1.5, 0, 0, 4.5, 0]
+
+    def noisy(params):
+        return jax.random.normal(jax.random.key(0), params.shape)
+
+    tx = optax.GradientTransformation(noisy, optax.identity().update)
+    with pytest.raises(ValueError, match=r"random_bits.* draws random numbers"):
+        reset_rows(tx, table, noisy(table), jnp.array([4]), 0.5)
