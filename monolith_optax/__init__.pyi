@@ -21,6 +21,7 @@ from monolith_optax._rows.gradients.value_and_row_grad import (
     value_and_row_grad as value_and_row_grad,
 )
 from monolith_optax._rows.slices.row_slices import RowSlices as RowSlices
+from monolith_optax._rows.slices.table_stack import TableStack as TableStack
 from monolith_optax._rows.slices.trees import apply_updates as apply_updates
 from monolith_optax._rows.slices.trees import global_norm as global_norm
 from monolith_optax._rows.slices.trees import pmean as pmean

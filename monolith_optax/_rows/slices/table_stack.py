@@ -1,0 +1,278 @@
+"""TableStack: several tables in one array for each shape and dtype of rows.
+
+Each step of training then searches, gathers, computes and scatters once for all tables
+of an array. A stack of n shards is n equal parts, and each of them holds an n-th of
+every table:
+
+    shard 0: rows of a, rows of b, rows of c; shard 1: more rows of a, b and c; ...
+
+so a stack that is split over n devices gives each of them a share of every table.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import keystr
+
+from monolith_optax._leaves import describe, dtype_of
+from monolith_optax._public import public
+from monolith_optax._rows.slices.duplicates import check_size
+from monolith_optax._rows.slices.opaque_ids import int32_ids
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Where a table is in its array.
+
+    Attributes:
+      name: its path in the tree of tables.
+      key: of its array.
+      num_rows: how many rows it has.
+      first: where its rows begin in each shard.
+      per_shard: how many rows it has in each shard, with those that fill it up.
+    """
+
+    name: str
+    key: str
+    num_rows: int
+    first: int
+    per_shard: int
+
+
+@public("monolith_optax")
+class TableStack:
+    """Several tables as one array for each shape and dtype of their rows.
+
+    A step on 26 tables searches for duplicates, gathers, computes and scatters 26
+    times; on one array it does so once. `pack` makes the arrays, which are what is
+    trained. Inside the loss `unpack` gives the tables back, for a model of any library,
+    and `value_and_row_grad` sees a lookup in such a table as one in the array:
+
+        def loss(stacks, batch):
+            return model_loss(stack.unpack(stacks), batch)
+
+    A stack knows only shapes. It holds no arrays, and can be made again whenever a
+    program starts.
+
+    What an optimizer does to a parameter as a whole, such as
+    `optax.clip_by_block_rms`, it does to the whole array. To treat tables differently,
+    make two stacks and give them to two optimizers with `optax.partition`.
+
+    Args:
+      tables: a tree of tables, each of shape `(num_rows, ...)` with at least two axes,
+        as arrays or as types, such as `jax.eval_shape` gives them.
+      shards: how many equal parts an array has that hold a share of every table each:
+        the number of devices over which it is split. Rows are added to a table so that
+        they can be divided by it.
+
+    Attributes:
+      shapes: a dict of the types of the arrays.
+
+    Raises:
+      ValueError: a leaf is not a table, shards is not positive, or an array has too
+        many rows for int32 row ids.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from monolith_optax import TableStack, value_and_row_grad
+      >>> tables = {"item": jnp.ones((5, 2)), "user": jnp.zeros((3, 2))}
+      >>> stack = TableStack(tables)
+      >>> stacks = stack.pack(tables)
+      >>> print({key: array.shape for key, array in stacks.items()})
+      {'float32_2': (8, 2)}
+      >>> print(stack.unpack(stacks)["item"].shape)
+      (5, 2)
+      >>> ids = stack.row_ids({"item": jnp.array([4, 9]), "user": jnp.array([0])})
+      >>> print(ids["float32_2"])
+      [ 4 -1  5]
+    """
+
+    def __init__(self, tables: Any, shards: int = 1) -> None:
+        if shards < 1:
+            raise ValueError(f"shards must be at least 1, but it is {shards}.")
+        leaves, self._structure = jax.tree.flatten_with_path(tables)
+        self._shards, self._parts = shards, list[_Part]()
+        self.shapes: dict[str, jax.ShapeDtypeStruct] = {}
+        per_shard: dict[str, int] = {}
+        for path, table in leaves:
+            name, shape, dtype = keystr(path), np.shape(table), dtype_of(table)
+            if len(shape) < 2:
+                raise ValueError(
+                    f"tables{name} must be a table of rows, with at least two axes, "
+                    f"but it is {describe(table)}."
+                )
+            key = f"{dtype}_{'x'.join(map(str, shape[1:]))}"
+            first, rows = per_shard.setdefault(key, 0), -(-shape[0] // shards)
+            self._parts.append(_Part(name, key, shape[0], first, rows))
+            per_shard[key] += rows
+            self.shapes[key] = jax.ShapeDtypeStruct(
+                (shards * per_shard[key], *shape[1:]), dtype
+            )
+        for each in self.shapes.values():
+            check_size(each.shape[0], 0)
+
+    def pack(self, tables: Any) -> dict[str, Any]:
+        """The arrays that hold these tables.
+
+        Call it inside `jax.jit` with `out_shardings` to make tables that no single
+        device can hold.
+
+        Args:
+          tables: a tree like the one of this stack, of arrays with as many rows: the
+            tables, or their slots.
+
+        Returns:
+          A dict of arrays. Rows that only fill up a shard are zeros.
+
+        Raises:
+          ValueError: the tree or a number of rows is another, or arrays that belong
+            together have rows of different shapes or dtypes.
+        """
+        parts: dict[str, list[Any]] = {key: [] for key in self.shapes}
+        for part, table in self._leaves("tables", tables):
+            if np.shape(table)[:1] != (part.num_rows,):
+                raise ValueError(
+                    f"tables{part.name} must have {part.num_rows} rows, but it is "
+                    f"{describe(table)}."
+                )
+            parts[part.key].append(self._in_shards(part, jnp.asarray(table)))
+        return {key: self._joined(key, arrays) for key, arrays in parts.items()}
+
+    def unpack(self, stacks: Any) -> Any:
+        """The tables that these arrays hold.
+
+        Args:
+          stacks: a dict of arrays as `pack` gives it, or of their slots, such as
+            `state.m`, with one entry or more for each row.
+
+        Returns:
+          A tree like the one of this stack: for each table its part of the array, by
+          slices and reshapes.
+
+        Raises:
+          ValueError: stacks is not a dict of these keys, or an array has another number
+            of rows.
+        """
+        if not isinstance(stacks, dict) or stacks.keys() != self.shapes.keys():
+            given = list(stacks) if isinstance(stacks, dict) else type(stacks).__name__
+            raise ValueError(
+                f"stacks must be a dict with the keys {list(self.shapes)}, but it is "
+                f"{given}."
+            )
+        for key, array in stacks.items():
+            if np.shape(array)[:1] != self.shapes[key].shape[:1]:
+                raise ValueError(
+                    f"stacks[{key!r}] must have {self.shapes[key].shape[0]} rows, but "
+                    f"it is {describe(array)}."
+                )
+        tables = [self._table(part, stacks[part.key]) for part in self._parts]
+        return jax.tree.unflatten(self._structure, tables)
+
+    def row_ids(self, ids: Any) -> dict[str, jax.Array]:
+        """Rows of the tables as rows of the arrays.
+
+        Args:
+          ids: a tree like the one of this stack, of integers of any shape; None for
+            tables without ids.
+
+        Returns:
+          For each array int32 ids of one dimension, those of its tables one after
+          another, in the order of leaves; None if there are none. Negative ids and ids
+          beyond their table are -1, padding.
+
+        Raises:
+          ValueError: the tree is another, or ids are not integers.
+        """
+        return self._concatenated("ids", ids, _as_row_ids)
+
+    def concatenate(self, rows: Any) -> dict[str, jax.Array]:
+        """Values for the rows of `row_ids`, in the same order.
+
+        Args:
+          rows: a tree like the one of this stack, of arrays of shape
+            `ids.shape + row_shape`; None for tables without ids.
+
+        Returns:
+          For each array the rows of its tables, of shape `(number of ids, *row_shape)`.
+
+        Raises:
+          ValueError: the tree is another, or rows do not have the shape of their table.
+        """
+        return self._concatenated("rows", rows, _as_rows)
+
+    def _leaves(self, what: str, tree: Any) -> list[tuple[_Part, Any]]:
+        pairs: list[tuple[_Part, Any]] = []
+        parts = jax.tree.unflatten(self._structure, self._parts)
+        try:
+            jax.tree.map(lambda part, leaf: pairs.append((part, leaf)), parts, tree)
+        except ValueError as error:
+            raise ValueError(
+                f"{what} must be a tree like the one of this stack, "
+                f"{self._structure}, but it is {jax.tree.structure(tree)}."
+            ) from error
+        return pairs
+
+    def _in_shards(self, part: _Part, table: jax.Array) -> jax.Array:
+        """A table of shape (shards, rows in each of them, ...)."""
+        missing = self._shards * part.per_shard - part.num_rows
+        if missing:
+            table = jnp.pad(table, [(0, missing)] + [(0, 0)] * (table.ndim - 1))
+        return table.reshape(self._shards, part.per_shard, *table.shape[1:])
+
+    def _joined(self, key: str, tables: list[jax.Array]) -> jax.Array:
+        kinds = {(str(table.dtype), table.shape[2:]) for table in tables}
+        if len(kinds) > 1:
+            names = [part.name for part in self._parts if part.key == key]
+            raise ValueError(
+                f"The arrays for tables{', tables'.join(names)} must have rows of one "
+                f"dtype and shape, but they have {sorted(kinds)}."
+            )
+        joined = jnp.concatenate(tables, axis=1)
+        return joined.reshape(-1, *joined.shape[2:])
+
+    def _table(self, part: _Part, array: Any) -> Any:
+        if self._shards == 1:
+            return array[part.first : part.first + part.num_rows]
+        row_shape = np.shape(array)[1:]
+        shards = array.reshape(self._shards, -1, *row_shape)
+        table = shards[:, part.first : part.first + part.per_shard]
+        return table.reshape(-1, *row_shape)[: part.num_rows]
+
+    def _concatenated(
+        self, what: str, tree: Any, flat: Callable[..., jax.Array]
+    ) -> dict[str, Any]:
+        found: dict[str, list[jax.Array]] = {key: [] for key in self.shapes}
+        for part, leaf in self._leaves(what, tree):
+            if leaf is not None:
+                found[part.key].append(
+                    flat(part, leaf, self.shapes[part.key], self._shards)
+                )
+        return {
+            key: jnp.concatenate(arrays) if arrays else None
+            for key, arrays in found.items()
+        }
+
+    def __repr__(self) -> str:
+        arrays = ", ".join(f"{key}: {each.shape}" for key, each in self.shapes.items())
+        return f"TableStack({len(self._parts)} tables in {{{arrays}}})"
+
+
+def _as_row_ids(part: _Part, ids: Any, array: Any, shards: int) -> jax.Array:
+    ids = int32_ids(ids).reshape(-1)
+    inside = (ids >= 0) & (ids < part.num_rows)
+    shard, row = jnp.divmod(ids, np.int32(max(part.per_shard, 1)))
+    return jnp.where(inside, shard * (array.shape[0] // shards) + part.first + row, -1)
+
+
+def _as_rows(part: _Part, rows: Any, array: Any, _: int) -> jax.Array:
+    row_shape = array.shape[1:]
+    if np.shape(rows)[-len(row_shape) :] != row_shape:
+        raise ValueError(
+            f"rows{part.name} must have rows of shape {row_shape}, but it is "
+            f"{describe(rows)}."
+        )
+    return jnp.asarray(rows).reshape(-1, *row_shape)
