@@ -1,9 +1,12 @@
-"""Shardings of tables, rows and ids on meshes with explicit axes.
+"""Shardings of tables, rows and ids on meshes of several devices.
 
-There JAX asks where the result of each gather and scatter goes. On other meshes it
-finds out by itself, and all functions here leave it to that.
+On explicit axes JAX asks where the result of each gather and scatter goes. On automatic
+axes its partitioner decides, and types show only the mesh. The partitioner would split
+a batch of rows among the devices, and then sum whole tables over them. So ids and rows
+go to all devices first.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -18,17 +21,32 @@ def explicit_sharding(array: ArrayLike) -> NamedSharding | None:
     return sharding if AxisType.Explicit in sharding.mesh.axis_types else None
 
 
-def replicated(array: ArrayLike) -> jax.Array:
-    """The array, on all devices if its sharding is explicit.
+def replicated(array: ArrayLike, table: ArrayLike | None = None) -> Any:
+    """The array on all devices of its mesh, or else of the table's.
 
     Every device needs the whole batch, as its rows of a table may be anywhere in it.
+    Only programs need this: without a trace there is nothing to partition.
     """
-    sharding = explicit_sharding(array)
-    if sharding is None:
-        return jnp.asarray(array)
-    everywhere = NamedSharding(sharding.mesh, PartitionSpec())
-    copy: jax.Array = jax.sharding.reshard(array, everywhere)
-    return copy
+    mesh = _mesh(array)
+    if mesh.empty and table is not None:
+        mesh = _mesh(table)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    if AxisType.Explicit in mesh.axis_types:
+        return jax.sharding.reshard(array, everywhere)
+    if AxisType.Auto in mesh.axis_types and isinstance(array, jax.core.Tracer):
+        return _constrained(array, everywhere)
+    return jnp.asarray(array)
+
+
+def _mesh(array: ArrayLike) -> Any:
+    return jax.typeof(array).sharding.mesh
+
+
+# Outside `jit` there are traces too, such as those of derivatives. Their arrays may be
+# on one device, where JAX only accepts such a constraint inside `jit`.
+@functools.partial(jax.jit, static_argnums=1)
+def _constrained(array: Any, sharding: NamedSharding) -> Any:
+    return jax.lax.with_sharding_constraint(array, sharding)
 
 
 def rows_sharding(table: ArrayLike, ids: ArrayLike) -> NamedSharding | None:

@@ -106,12 +106,13 @@ def add_rows(table: jax.Array, ids: jax.Array, rows: jax.Array) -> jax.Array:
         return table
     rows = rows.astype(wide)
     if wide == table.dtype:
-        return table.at[replicated(ids)].add(
-            replicated(rows),
+        return table.at[replicated(ids, table)].add(
+            replicated(rows, table),
             mode="drop",
             wrap_negative_indices=False,
             out_sharding=explicit_sharding(table),
         )
+    ids, rows = replicated(ids, table), replicated(rows, table)
     ids, rows = sum_duplicates(ids, rows, num_rows)
     old = table.at[ids].get(
         mode="fill",

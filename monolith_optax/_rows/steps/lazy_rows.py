@@ -32,6 +32,7 @@ from monolith_optax._rows.steps.state_leaves import (
     check_kind,
     owners,
 )
+from monolith_optax._shardings import replicated
 
 
 def lazy_rows(
@@ -199,7 +200,9 @@ def _gradients_and_weights(
             continue
         axes = row_axes(np.shape(weights[i].array), gradient) or ()
         num_rows = math.prod(axes)
-        ids, rows = sum_duplicates(gradient.ids, gradient.rows, num_rows)
+        ids = replicated(gradient.ids, weights[i].array)
+        rows = replicated(gradient.rows, weights[i].array)
+        ids, rows = sum_duplicates(ids, rows, num_rows)
         table = Table(weights[i].name, num_rows, ids)
         gradients.append(Rows(rows, table, ZERO))
         stack = axes if len(axes) > 1 else ()

@@ -94,7 +94,8 @@ def _of_leaf(name: str, leaf: Any, ids: Any) -> NamedRows:
     if not jnp.issubdtype(dtype_of(ids), jnp.integer):
         raise TypeError(f"The rows of {name} must be integers, not {describe(ids)}.")
     axes = shape[: _count_of_axes(name, shape, ids)]
-    flat, num_rows = _flat(replicated(int32_ids(ids)), axes), math.prod(axes)
+    ids = replicated(int32_ids(ids), leaf)
+    flat, num_rows = _flat(ids, axes), math.prod(axes)
     flat = jnp.where((flat >= 0) & (flat < num_rows), flat, LAST_ID)
     return NamedRows(name, flat, axes)
 
