@@ -2,6 +2,7 @@
 from monolith_optax import checkpoint as checkpoint
 from monolith_optax import embedding as embedding
 from monolith_optax import net as net
+from monolith_optax._compiled.check_in_place import check_in_place as check_in_place
 from monolith_optax._ids.id_map import IdMap as IdMap
 from monolith_optax._ids.initial_rows import uniform_rows as uniform_rows
 from monolith_optax._ids.raw import split_ids as split_ids

@@ -9,7 +9,7 @@ import optax
 import pytest
 from choosing import only
 
-from monolith_optax import adamom
+from monolith_optax import adamom, check_in_place
 
 SIZE = 100_000
 
@@ -22,7 +22,7 @@ def compiled_step(tx, dtype):
     params = {"w": jnp.ones(SIZE, dtype)}
     state = tx.init(params)
     jitted = jax.jit(step, donate_argnums=(0, 1))
-    return params, state, jitted.lower(params, state, params).compile()
+    return jitted.lower(params, state, params).compile()
 
 
 # Steps on tables are in place inside lazy_rows, whose tests hold that. What is not for
@@ -30,13 +30,10 @@ def compiled_step(tx, dtype):
 @only(lambda variant: variant.row.is_dense and variant.row.for_rows)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_a_donated_step_is_in_place(variant, dtype):
-    params, state, compiled = compiled_step(variant.make(), dtype)
-    memory = compiled.memory_analysis()
-    assert memory.temp_size_in_bytes < SIZE / 10
-    donated = sum(leaf.nbytes for leaf in jax.tree.leaves((params, state)))
-    assert memory.alias_size_in_bytes >= donated - 64  # but for the count
+    compiled = compiled_step(variant.make(), dtype)
+    check_in_place(compiled)
+    assert compiled.memory_analysis().temp_size_in_bytes < SIZE / 10
     program = compiled.as_text()
-    assert not re.search(rf"\[{SIZE}\]\S* copy\(", program)
     assert not re.search(r" (custom-call|infeed|outfeed|send|recv)\(", program)
 
 

@@ -1,0 +1,1 @@
+"""What compiled steps copy and allocate."""
