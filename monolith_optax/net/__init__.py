@@ -20,17 +20,20 @@ from monolith_optax.net._cluster import (
 )
 from monolith_optax.net._connect import Connector, TcpConnector
 from monolith_optax.net._coordinator import wait_for_coordinator
+from monolith_optax.net._http import HttpConnector
 from monolith_optax.net._monolith import NodeAliveChecker
 from monolith_optax.net._probe import NodeStatus
 from monolith_optax.net._reason import Reason
 from monolith_optax.net._report import NodeReport, NodesDownError, Transition
 from monolith_optax.net._round import check_nodes
-from monolith_optax.net._watch import wait_for_nodes, watch_nodes
+from monolith_optax.net._wait import wait_for_nodes
+from monolith_optax.net._watch import watch_nodes
 
 __all__ = [
     "Address",
     "AddressFamily",
     "Connector",
+    "HttpConnector",
     "NodeAliveChecker",
     "NodeReport",
     "NodeStatus",

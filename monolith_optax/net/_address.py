@@ -68,10 +68,11 @@ def get_local_server_addr(port: int) -> str:
 
 
 def parse_address(text: Any) -> Address:
-    """Splits `host:port`, `[v6]:port`, `v6:port` or `[v6%scope]:port`.
+    """Splits `host:port`, `[v6]:port` or `[v6%scope]:port`.
 
-    The port follows the last colon. The host may be a name, an IPv4 address (also a
-    short one such as `127.1`) or an IPv6 address. Any IP address may be in brackets.
+    The host may be a name, an IPv4 address (also a short one such as `127.1`) or an
+    IPv6 address. An IPv6 address must be in brackets, because `::1:8086` may be
+    `[::1]:8086` or an address without a port. Any other IP address may be.
 
     Args:
       text: the address. Anything that is not a string is refused.
@@ -86,18 +87,37 @@ def parse_address(text: Any) -> Address:
     if not isinstance(text, str):
         raise ValueError(f"An address must be a string, but it is {text!r}.")
     host, colon, port = text.rpartition(":")
-    if not colon:
-        raise ValueError(f"{text!r} has no port: write host:port.")
+    if not colon or _is_bracketed_ip(text):
+        written = "host" if not colon else text
+        raise ValueError(f"{text!r} has no port: write {written}:port.")
+    _refuse_without_brackets(text, host, port)
     if not re.fullmatch("[0-9]{1,5}", port) or not 0 < int(port) < 65536:
         raise ValueError(f"{text!r} must end in a port from 1 to 65535, not {port!r}.")
-    bracketed = re.fullmatch(r"\[(.*)\]", host)
-    if bracketed and _is_ip(bracketed[1]):
-        return Address(bracketed[1], int(port))
-    if (":" in host and _is_ip(host)) or _is_name(host):
+    if _is_bracketed_ip(host):
+        return Address(host[1:-1], int(port))
+    if _is_name(host):
         return Address(host, int(port))
     raise ValueError(
         f"{text!r} must begin with a host name or IP address, not {host!r}."
     )
+
+
+def _refuse_without_brackets(text: str, host: str, port: str) -> None:
+    """Refuses IPv6 addresses without brackets."""
+    meanings = []
+    if ":" in host and _is_ip(host):
+        meanings.append(f"[{host}]:{port}")
+    if _is_ip(text):
+        meanings.append(f"[{text}]:port")
+    if meanings:
+        raise ValueError(
+            f"{text!r} has an IPv6 address that must be in brackets: write "
+            f"{' or '.join(meanings)}."
+        )
+
+
+def _is_bracketed_ip(host: str) -> bool:
+    return re.fullmatch(r"\[.*\]", host) is not None and _is_ip(host[1:-1])
 
 
 def _is_ip(host: str) -> bool:

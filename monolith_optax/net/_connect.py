@@ -10,9 +10,10 @@ import select
 import socket
 import struct
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Protocol, Self
 
+from monolith_optax.net._address import Address
 from monolith_optax.net._names import NameLookup, SocketAddress, numeric_addresses
 from monolith_optax.net._reason import LOCAL_SHORTAGES, Reason, reason_of
 
@@ -50,6 +51,11 @@ class TcpConnector:
     async def __aexit__(self, *exc_info: object) -> None:
         await self._own_lookup.__aexit__(*exc_info)
 
+    @property
+    def takes_steps(self) -> bool:
+        """Whether connecting is `look_up` and `connect`: a subclass may differ."""
+        return type(self).__call__ is TcpConnector.__call__
+
     async def prepare(self) -> None:
         """Starts what looks up names, so that its start counts in no timeout."""
         if self._lookup is self._own_lookup:
@@ -64,23 +70,36 @@ class TcpConnector:
             this is the error that says most about the node, and its cause is an
             `ExceptionGroup` of the others.
         """
-        await self.connect(host, port, math.inf, asyncio.Semaphore(sys.maxsize))
+        found = await self.look_up(host)
+        sockets = asyncio.Semaphore(sys.maxsize)
+        await self.connect(Address(host, port), found, math.inf, sockets)
 
-    async def connect(
-        self, host: str, port: int, end: float, sockets: asyncio.Semaphore
-    ) -> None:
-        """Connects, for a caller who gives up at the time `end` of the loop's clock.
-
-        The caller has taken one of `sockets` and gives it back.
-        """
+    async def look_up(self, host: str) -> list[SocketAddress]:
+        """The socket addresses of a host, whose ports mean nothing."""
         found = numeric_addresses(host) or await self._lookup(host)
         if not found:
             raise socket.gaierror(socket.EAI_NONAME, "the name has no address")
+        return found
+
+    async def connect(
+        self,
+        address: Address,
+        found: list[SocketAddress],
+        end: float,
+        sockets: asyncio.Semaphore,
+    ) -> SocketAddress:
+        """Connects, for a caller who gives up at the time `end` of the loop's clock.
+
+        The caller has taken one of `sockets` and gives it back.
+
+        Returns:
+          The one that answered, of the socket addresses that were found for the host.
+        """
         addresses = [
-            (family, (sockaddr[0], port, *sockaddr[2:]))
+            (family, (sockaddr[0], address.port, *sockaddr[2:]))
             for family, sockaddr in _interleaved(found)
         ]
-        await _connect_to_any(addresses, end, sockets)
+        return await _connect_to_any(addresses, end, sockets)
 
 
 def attempt(
@@ -198,31 +217,35 @@ def _interleaved(addresses: list[SocketAddress]) -> list[SocketAddress]:
 # shared out so that the last of many addresses still has two head starts to answer.
 async def _connect_to_any(
     addresses: list[SocketAddress], end: float, sockets: asyncio.Semaphore
-) -> None:
+) -> SocketAddress:
     clock = asyncio.get_running_loop().time
     waiting = list(reversed(addresses))
-    running: list[asyncio.Future[OSError | None]] = []
+    running: dict[asyncio.Future[OSError | None], SocketAddress] = {}
     errors: list[OSError] = []
     held = 1
     try:
         while waiting or running:
             if waiting:
                 if len(running) == held and sockets.locked():
-                    await cancel([running.pop(0)])
+                    oldest = next(iter(running))
+                    del running[oldest]
+                    await cancel([oldest])
                 elif len(running) == held:
                     await sockets.acquire()  # at once, since it is not locked
                     held += 1
-                running.append(attempt(waiting.pop()))
+                address = waiting.pop()
+                running[attempt(address)] = address
             head_start = min(ATTEMPT_DELAY, (end - clock()) / (len(waiting) + 2))
             done, _ = await asyncio.wait(
                 running,
                 timeout=head_start if waiting else None,
                 return_when=asyncio.FIRST_COMPLETED,
             )
-            running = [one for one in running if one not in done]
-            for error in [one.result() for one in done]:
+            for one in done:
+                address = running.pop(one)
+                error = one.result()
                 if error is None:
-                    return
+                    return address
                 errors.append(error)
     finally:
         await cancel(running)
@@ -235,7 +258,7 @@ async def _connect_to_any(
     raise telling
 
 
-async def cancel(attempts: list[asyncio.Future[OSError | None]]) -> None:
+async def cancel(attempts: Iterable[asyncio.Future[OSError | None]]) -> None:
     """Returns when their sockets are closed."""
     if pending := [one for one in attempts if one.cancel()]:
         await asyncio.wait(pending)

@@ -7,7 +7,7 @@ from monolith_optax.net._arguments import check_positive
 from monolith_optax.net._blocking import run_to_end
 from monolith_optax.net._cluster import coordinator_addresses
 from monolith_optax.net._report import NodeReport, NodesDownError
-from monolith_optax.net._watch import wait_for_nodes
+from monolith_optax.net._wait import wait_for_nodes
 
 
 def wait_for_coordinator(

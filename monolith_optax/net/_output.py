@@ -1,19 +1,21 @@
 """What the command line prints."""
 
-import contextlib
 import datetime as dt
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+import time
 from typing import Any
 
 from monolith_optax._console import is_capable_terminal, printable
 from monolith_optax.net._probe import NodeStatus
+from monolith_optax.net._reason import Reason
 from monolith_optax.net._report import NodeReport, Transition
+from monolith_optax.net._wait import Goal
 
 _GREEN, _RED, _PLAIN = "\x1b[32m", "\x1b[31m", "\x1b[m"
-_START_OF_CLEARED_LINE = "\r\x1b[K"
+# How many missing nodes a line names.
+MOST_NAMES = 5
 
 
 def print_report(report: NodeReport, *, as_json: bool) -> None:
@@ -27,36 +29,83 @@ def print_report(report: NodeReport, *, as_json: bool) -> None:
         address = f"{printable(status.address):{width}}"
         latency = f"{status.latency * 1e3:8.1f} ms"
         _print_line(address, _state(status), latency, _why(status))
-    print(f"{len(report.alive)} of {len(report.results)} nodes are up")
+    print(report.count())
 
 
 def print_transition(transition: Transition, *, as_json: bool) -> None:
     """One line, with the time."""
-    now = dt.datetime.now().astimezone().isoformat(timespec="milliseconds")
     status = transition.status
     if as_json:
-        _print_json({"time": now} | _as_json(status))
+        _print_json({"time": _now()} | _as_json(status))
     else:
-        _print_line(now, printable(status.address), _state(status), _why(status))
+        _print_line(_now(), printable(status.address), _state(status), _why(status))
 
 
-@contextlib.contextmanager
-def progress() -> Iterator[Callable[[NodeReport], None]]:
-    """Says on standard error how many nodes are up, on a terminal in a single line."""
-    one_line = is_capable_terminal(sys.stderr)
+class Waiting:
+    """Says who is missing, whenever that changes."""
 
-    def show(report: NodeReport) -> None:
-        line = f"{len(report.alive)} of {len(report.results)} nodes are up"
-        if one_line:
-            print(_START_OF_CLEARED_LINE + line, end="", file=sys.stderr, flush=True)
-        elif not report.all_alive:
-            print(line, file=sys.stderr, flush=True)
+    def __init__(self, goal: Goal, *, as_json: bool) -> None:
+        self._goal, self._as_json = goal, as_json
+        self._start = time.monotonic()
+        self._last: dict[Any, tuple[bool, Reason | None]] = {}
 
-    try:
-        yield show
-    finally:
-        if one_line:
-            print(_START_OF_CLEARED_LINE, end="", file=sys.stderr, flush=True)
+    def progress(self, report: NodeReport) -> None:
+        """After a round: objects of the nodes that changed, or a line."""
+        now = {
+            status.address: (status.alive, status.reason) for status in report.results
+        }
+        changed = [
+            s for s in report.results if self._last.get(s.address) != now[s.address]
+        ]
+        self._last = now
+        if self._as_json:
+            for status in changed:
+                _print_json({"time": _now()} | _as_json(status))
+        elif changed and not self._goal.is_met_by(report):
+            self._say(report, _names(self._goal.missing_in(report)))
+
+    def end(self, report: NodeReport) -> None:
+        """How the wait ended."""
+        missing = self._goal.missing_in(report)
+        met = self._goal.is_met_by(report)
+        if self._as_json:
+            summary = {
+                "met": met,
+                "up": len(report.alive),
+                "nodes": len(report.results),
+                "missing": [status.address for status in missing],
+                "seconds": round(time.monotonic() - self._start, 3),
+            }
+            _print_json({"time": _now()} | summary)
+        elif met:
+            self._say(report)
+        else:
+            self._say(report, "gave up")
+            for status in missing:
+                why = _why(status) or "still up"
+                print(f"  {printable(status.address)}  {why}", file=sys.stderr)
+
+    def _say(self, report: NodeReport, more: str = "") -> None:
+        count = f"{len(report.results) - len(self._goal.missing_in(report))} of "
+        seconds = f" after {time.monotonic() - self._start:.1f} s"
+        state = " down" if self._goal.down else " up"
+        line = f"{count}{len(report.results)}{state}{seconds}"
+        print(f"{line}; {more}" if more else line, file=sys.stderr, flush=True)
+
+
+def _names(missing: list[NodeStatus]) -> str:
+    """Some of the nodes, as there may be thousands."""
+    names = [
+        f"{printable(status.address)} ({status.reason or 'up'})"
+        for status in missing[:MOST_NAMES]
+    ]
+    if more := len(missing) - len(names):
+        names.append(f"and {more} more")
+    return "missing: " + ", ".join(names)
+
+
+def _now() -> str:
+    return dt.datetime.now().astimezone().isoformat(timespec="milliseconds")
 
 
 def _state(status: NodeStatus) -> str:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import socket
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -85,13 +86,20 @@ async def probe(
     """Probes a node; `timeout` covers name lookup and connecting together."""
     clock = asyncio.get_running_loop().time
     start = clock()
+    looking_up = False
     try:
         async with _patient_timeout(timeout):
-            if type(connector) is TcpConnector:
-                await connector.connect(*address, start + timeout, sockets)
+            if isinstance(connector, TcpConnector) and connector.takes_steps:
+                looking_up = True
+                found = await connector.look_up(address.host)
+                looking_up = False
+                await connector.connect(address, found, start + timeout, sockets)
             else:
                 await connector(*address)
     except OSError as error:
+        if looking_up and isinstance(error, TimeoutError):
+            words = f"no answer from a name server within {max(timeout, 0):.3g} s"
+            error = socket.gaierror(socket.EAI_AGAIN, words)
         return status_of(given, error, clock() - start, timeout)
     return status_of(given, None, clock() - start, timeout)
 

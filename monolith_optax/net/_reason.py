@@ -12,8 +12,14 @@ class Reason(enum.StrEnum):
     TIMEOUT = "timeout"
     UNREACHABLE = "unreachable"
     NAME_NOT_RESOLVED = "name not resolved"
+    NO_NAME_SERVER = "no name server"
     INVALID_ADDRESS = "invalid address"
+    UNHEALTHY = "unhealthy"
     LOCAL_FAULT = "local fault"
+
+
+class UnhealthyError(ConnectionError):
+    """The port is open, but what listens does not answer as a healthy node would."""
 
 
 # This machine lacks something.
@@ -37,13 +43,19 @@ _REASONS = {
     # A link-local address without its scope.
     Reason.INVALID_ADDRESS: {errno.EINVAL},
 }
+_LOOKUP_REASONS: dict[int | None, Reason] = {
+    socket.EAI_MEMORY: Reason.LOCAL_FAULT,
+    socket.EAI_SYSTEM: Reason.LOCAL_FAULT,
+    socket.EAI_AGAIN: Reason.NO_NAME_SERVER,
+}
 
 
 def reason_of(error: OSError) -> Reason:
     """What an error says about the node; LOCAL_FAULT if it says nothing about it."""
     if isinstance(error, socket.gaierror):
-        local = error.errno in (socket.EAI_MEMORY, socket.EAI_SYSTEM)
-        return Reason.LOCAL_FAULT if local else Reason.NAME_NOT_RESOLVED
+        return _LOOKUP_REASONS.get(error.errno, Reason.NAME_NOT_RESOLVED)
+    if isinstance(error, UnhealthyError):
+        return Reason.UNHEALTHY
     if isinstance(error, TimeoutError):
         return Reason.TIMEOUT
     return next(

@@ -54,7 +54,7 @@ class NodeReport:
 
     def __repr__(self) -> str:
         """Short: `asyncio.run` makes one of every result, and nodes may be many."""
-        return f"<NodeReport: {self._count()}>"
+        return f"<NodeReport: {self.count()}>"
 
     def __str__(self) -> str:
         """How many nodes are up, and a line for each that is not."""
@@ -63,10 +63,11 @@ class NodeReport:
             for status in self.results
             if not status.alive
         ]
-        return self._count() + "".join(down)
+        return self.count() + "".join(down)
 
-    def _count(self) -> str:
-        return f"{len(self.alive)} of {len(self.results)} nodes are up"
+    def count(self) -> str:
+        """How many nodes are up, in words."""
+        return f"{len(self.alive)} of {len(self.results)} up"
 
 
 class NodesDownError(TimeoutError):

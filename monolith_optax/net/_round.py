@@ -45,7 +45,7 @@ async def check_nodes(
       timeout: seconds that each probe may take; name lookup counts.
       max_concurrency: how many probes may run at a time. None: as many as the limit on
         open files allows.
-      connector: a stand-in for `TcpConnector`.
+      connector: how to connect: `HttpConnector`, or a stand-in for `TcpConnector`.
 
     Returns:
       A `NodeReport`.
@@ -60,7 +60,7 @@ async def check_nodes(
       >>> report.all_alive
       False
       >>> print(report)
-      0 of 2 nodes are up
+      0 of 2 up
         localhost: invalid address ('localhost' has no port: write host:port.)
         localhost:99999: invalid address ('localhost:99999' must end in a port from 1 \
 to 65535, not '99999'.)

@@ -1,8 +1,7 @@
-"""Rounds of probes: until all nodes are up, or for as long as somebody watches."""
+"""Rounds of probes for as long as somebody watches."""
 
 import asyncio
-import random
-from collections.abc import AsyncGenerator, Callable, Iterable
+from collections.abc import AsyncGenerator, Iterable
 from typing import Any
 
 from monolith_optax.net._arguments import (
@@ -12,86 +11,9 @@ from monolith_optax.net._arguments import (
     targets_of,
 )
 from monolith_optax.net._connect import Connector
-from monolith_optax.net._probe import NodeStatus
 from monolith_optax.net._reason import Reason
-from monolith_optax.net._report import NodeReport, NodesDownError, Transition
+from monolith_optax.net._report import Transition
 from monolith_optax.net._round import own_or, probe_all
-
-# Seconds between rounds of wait_for_nodes, doubling from the first to the last.
-FIRST_PAUSE, LAST_PAUSE = 0.1, 5.0
-# Seconds: with less than this left, wait_for_nodes starts no other round.
-LEAST_ROUND = 0.05
-
-
-async def wait_for_nodes(
-    addrs: Iterable[Any],
-    *,
-    deadline: float,
-    timeout: float = 1.0,
-    max_concurrency: int | None = None,
-    on_progress: Callable[[NodeReport], None] | None = None,
-    connector: Connector | None = None,
-) -> NodeReport:
-    """Probes nodes again and again, with growing pauses, until all of them are up.
-
-    A node that was up once is not probed again.
-
-    Args:
-      addrs: the addresses, see `parse_address`.
-      deadline: seconds after which to give up.
-      timeout: seconds that each probe may take; name lookup counts.
-      max_concurrency: how many probes may run at a time. None: as many as the limit on
-        open files allows.
-      on_progress: called with a report on all nodes after every round.
-      connector: a stand-in for `TcpConnector`.
-
-    Returns:
-      A `NodeReport` in which all nodes are alive.
-
-    Raises:
-      NodesDownError: the deadline passed, or the nodes that are still down can never
-        come up because their addresses are malformed. It has the last report.
-      TypeError: addrs is a string or not iterable.
-      ValueError: deadline, timeout or max_concurrency is not positive.
-
-    Example:
-      >>> import asyncio
-      >>> asyncio.run(wait_for_nodes([], deadline=60.0)).all_alive
-      True
-    """
-    targets = targets_of(addrs)
-    check_positive(deadline=deadline, timeout=timeout)
-    check_bound(max_concurrency=max_concurrency)
-    clock = asyncio.get_running_loop().time
-    end = clock() + deadline
-    latest: dict[Any, NodeStatus] = {}
-    pending = targets
-    async with own_or(connector) as connect:
-        pause = FIRST_PAUSE
-        while True:
-            report = await probe_all(pending, timeout, max_concurrency, connect, end)
-            for status in report.results:
-                # A probe that the deadline cut short says less than the one before.
-                cut_short = status.reason is Reason.TIMEOUT and clock() >= end
-                if not (cut_short and status.address in latest):
-                    latest[status.address] = status
-            report = NodeReport(tuple(latest[target.given] for target in targets))
-            if on_progress is not None:
-                on_progress(report)
-            if report.all_alive:
-                return report
-            pending = [
-                target
-                for target, status in zip(targets, report.results, strict=True)
-                if not status.alive and status.reason is not Reason.INVALID_ADDRESS
-            ]
-            remaining = end - clock()
-            if not pending or remaining <= LEAST_ROUND:
-                raise NodesDownError(report)
-            # Half of what remains leaves room for one more probe before the deadline.
-            jitter = random.uniform(0.5, 1.0)
-            await asyncio.sleep(min(pause * jitter, remaining / 2))
-            pause = min(2 * pause, LAST_PAUSE)
 
 
 def watch_nodes(
@@ -118,7 +40,7 @@ def watch_nodes(
       timeout: seconds that each probe may take; name lookup counts.
       max_concurrency: how many probes may run at a time. None: as many as the limit on
         open files allows.
-      connector: a stand-in for `TcpConnector`.
+      connector: how to connect: `HttpConnector`, or a stand-in for `TcpConnector`.
 
     Returns:
       An asynchronous generator of `Transition`. Nothing runs while it is not awaited;

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import socket
 
 import pytest
@@ -18,10 +19,8 @@ GOOD = {
     "127.1:80": ("127.1", 80),
     "[127.0.0.1]:80": ("127.0.0.1", 80),
     "[::1]:10": ("::1", 10),
-    "::1:10": ("::1", 10),
-    "2001:db8::7:443": ("2001:db8::7", 443),
+    "[2001:db8::7]:443": ("2001:db8::7", 443),
     "[fe80::1%eth0]:80": ("fe80::1%eth0", 80),
-    "fe80::1%eth0:80": ("fe80::1%eth0", 80),
     "bücher.example:80": ("bücher.example", 80),
 }
 BAD = [
@@ -43,6 +42,24 @@ def test_good_addresses(text):
 @pytest.mark.parametrize("text", BAD, ids=repr)
 def test_bad_addresses_are_named(text):
     with pytest.raises(ValueError, match=r"must|port") as error:
+        net.parse_address(text)
+    assert repr(text) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "advice"),
+    [
+        ("[::1]", "has no port: write [::1]:port."),
+        ("[fe80::1%eth0]", "has no port: write [fe80::1%eth0]:port."),
+        ("localhost", "has no port: write host:port."),
+        ("::1", "in brackets: write [::1]:port."),
+        ("::1:18086", "in brackets: write [::1]:18086."),
+        ("::1:8086", "in brackets: write [::1]:8086 or [::1:8086]:port."),
+        ("fe80::1%eth0:80", "in brackets: write [fe80::1%eth0]:80."),
+    ],
+)
+def test_addresses_that_lack_something_say_how_to_write_it(text, advice):
+    with pytest.raises(ValueError, match=re.escape(advice)) as error:
         net.parse_address(text)
     assert repr(text) in str(error.value)
 

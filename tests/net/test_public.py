@@ -42,6 +42,4 @@ def test_pickles_name_public_places(value):
 
 
 def test_a_report_of_many_nodes_has_a_short_repr():
-    assert repr(net.NodeReport((STATUS,) * 10_000)) == (
-        "<NodeReport: 0 of 10000 nodes are up>"
-    )
+    assert repr(net.NodeReport((STATUS,) * 10_000)) == ("<NodeReport: 0 of 10000 up>")

@@ -74,7 +74,7 @@ REASONS = [
     (errno.ENOBUFS, Reason.LOCAL_FAULT),
     (errno.EADDRNOTAVAIL, Reason.LOCAL_FAULT),
     (socket.gaierror(socket.EAI_NONAME, "unknown"), Reason.NAME_NOT_RESOLVED),
-    (socket.gaierror(socket.EAI_AGAIN, "later"), Reason.NAME_NOT_RESOLVED),
+    (socket.gaierror(socket.EAI_AGAIN, "later"), Reason.NO_NAME_SERVER),
     (socket.gaierror(socket.EAI_MEMORY, "no memory"), Reason.LOCAL_FAULT),
 ]
 
@@ -171,7 +171,7 @@ def test_waiting_ends_with_the_deadline(behaviour, deadline):
     error, seconds = run_virtually(measured())
     assert deadline * 0.9 - 0.01 <= seconds <= deadline + 0.01
     assert error.report.dead == ["down:1"]
-    assert "1 of 2 nodes are up\n  down:1: " in str(error)
+    assert "1 of 2 up\n  down:1: " in str(error)
     assert isinstance(error, TimeoutError)
     copy = pickle.loads(pickle.dumps(error))
     assert (str(copy), copy.report) == (str(error), error.report)
@@ -359,6 +359,15 @@ def check_name(monkeypatch):
         return status
 
     return check_name
+
+
+def test_a_silent_name_server_is_not_a_silent_node(check_name):
+    status = check_name(Addresses({"10.0.0.1": 0.0}, lookup_seconds=60.0))
+    assert status.reason is Reason.NO_NAME_SERVER
+    assert status.message == "no answer from a name server within 1 s"
+    assert check_name(Addresses({"10.0.0.1": SILENT})).reason is Reason.TIMEOUT
+    late = check_name(Addresses({"10.0.0.1": SILENT}, lookup_seconds=0.9))
+    assert late.reason is Reason.TIMEOUT
 
 
 def test_a_silent_address_costs_a_head_start(check_name):
