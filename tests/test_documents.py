@@ -19,7 +19,7 @@ def page(name):
 @pytest.mark.parametrize("program", [checkpoint, net])
 def test_every_command_has_its_help(program):
     """The help itself is compared where the blocks of the page are run."""
-    parser = program._parser()
+    parser = program.parser()
     [commands] = parser._subparsers._group_actions
     for command in ["", *commands.choices]:
         line = " ".join([parser.prog, *command.split(), "--help"])

@@ -6,7 +6,10 @@ import re
 import socket
 from typing import Any, NamedTuple
 
+from monolith_optax._public import public
 
+
+@public("monolith_optax.net")
 class AddressFamily(enum.StrEnum):
     """The families of addresses, under Monolith's names."""
 
@@ -14,6 +17,7 @@ class AddressFamily(enum.StrEnum):
     IPV6 = "ipv6"
 
 
+@public("monolith_optax.net")
 class Address(NamedTuple):
     """A host, as a name or an IP address without brackets, and a port."""
 

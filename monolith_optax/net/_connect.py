@@ -13,6 +13,7 @@ import sys
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Protocol, Self
 
+from monolith_optax._public import public
 from monolith_optax.net._address import Address
 from monolith_optax.net._names import NameLookup, SocketAddress, numeric_addresses
 from monolith_optax.net._reason import LOCAL_SHORTAGES, Reason, reason_of
@@ -23,6 +24,7 @@ ATTEMPT_DELAY = 0.25
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 
 
+@public("monolith_optax.net")
 class Connector(Protocol):
     """How to connect: `TcpConnector`, or a stand-in for tests."""
 
@@ -30,6 +32,7 @@ class Connector(Protocol):
         """Opens a connection and closes it, or raises the OSError that prevents it."""
 
 
+@public("monolith_optax.net")
 class TcpConnector:
     """Opens TCP connections, to several addresses of a name in turn (RFC 8305).
 

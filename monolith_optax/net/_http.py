@@ -4,6 +4,7 @@ import asyncio
 import re
 import socket
 
+from monolith_optax._public import public
 from monolith_optax.net._address import Address, concat_ip_and_port
 from monolith_optax.net._connect import TcpConnector
 from monolith_optax.net._names import SocketAddress
@@ -14,6 +15,7 @@ _STATUS_LINE = re.compile(rb"HTTP/[0-9.]+ ([0-9]{3})(?: ([^\r\n]*))?\r?\n")
 _LONGEST_LINE = 2**12
 
 
+@public("monolith_optax.net")
 class HttpConnector(TcpConnector):
     """Opens a TCP connection, closes it, and asks for a path over HTTP on a second one.
 

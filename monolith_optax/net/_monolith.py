@@ -3,12 +3,14 @@
 from collections.abc import Collection, Iterable
 from typing import Any
 
+from monolith_optax._public import public
 from monolith_optax.net._arguments import check_bound, check_iterable
 from monolith_optax.net._blocking import run_to_end
 from monolith_optax.net._report import NodeReport
 from monolith_optax.net._round import check_nodes
 
 
+@public("monolith_optax.net")
 class NodeAliveChecker:
     """Monolith's node checker: probes all addresses when it is made.
 

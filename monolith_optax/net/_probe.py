@@ -7,12 +7,14 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from monolith_optax._public import public
 from monolith_optax.net._address import Address, parse_address
 from monolith_optax.net._connect import Connector, TcpConnector
 from monolith_optax.net._names import SocketAddress, numeric_addresses
 from monolith_optax.net._reason import Reason, reason_of
 
 
+@public("monolith_optax.net")
 @dataclass(frozen=True, slots=True)
 class NodeStatus:
     """What one probe found.

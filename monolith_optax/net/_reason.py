@@ -4,7 +4,10 @@ import enum
 import errno
 import socket
 
+from monolith_optax._public import public
 
+
+@public("monolith_optax.net")
 class Reason(enum.StrEnum):
     """Why a node is not known to be alive."""
 

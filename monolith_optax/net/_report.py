@@ -3,10 +3,12 @@
 from dataclasses import dataclass
 from typing import Any
 
+from monolith_optax._public import public
 from monolith_optax.net._probe import NodeStatus
 from monolith_optax.net._reason import Reason
 
 
+@public("monolith_optax.net")
 @dataclass(frozen=True, slots=True, repr=False)
 class NodeReport:
     """What a check found, for each distinct address in the order given.
@@ -70,6 +72,7 @@ class NodeReport:
         return f"{len(self.alive)} of {len(self.results)} up"
 
 
+@public("monolith_optax.net")
 class NodesDownError(TimeoutError):
     """Not all nodes came up in time.
 
@@ -85,6 +88,7 @@ class NodesDownError(TimeoutError):
         return type(self), (self.report,)
 
 
+@public("monolith_optax.net")
 @dataclass(frozen=True, slots=True)
 class Transition:
     """A node went up or down.

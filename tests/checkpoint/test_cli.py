@@ -19,6 +19,7 @@ from tensor_files import tensor, write
 
 import monolith_optax
 from monolith_optax.checkpoint import __main__ as command_line
+from monolith_optax.checkpoint import _show
 
 COMMAND = [sys.executable, "-m", "monolith_optax.checkpoint"]
 TABLES = "tests/data/hash_tables/single/model.ckpt-1200.assets"
@@ -43,6 +44,51 @@ def test_show(run):
     assert {row["name"]: row["kind"] for row in rows} == {
         name: "slot" if "Adamom" in name else "variable" for name in truth("adamom", 6)
     }
+
+
+def test_show_an_index_file(run):
+    assert run("show", f"{prefix('adamom')}.index") == run("show", prefix("adamom"))
+
+
+def test_show_a_folder(run, tmp_path):
+    status, _, errors = run("show", tmp_path)
+    assert status == 3
+    assert f"{tmp_path} is a folder without a TensorFlow checkpoint" in errors
+    for file in Path(TABLES).parents[1].glob("native/model.ckpt-1200*"):
+        (tmp_path / file.name).symlink_to(file.absolute())
+    status, output, errors = run("show", tmp_path)
+    assert (status, errors) == (0, "")
+    assert output == run("show", tmp_path / "model.ckpt-1200")[1]
+    assert "hash table" in output
+    newer = tmp_path / "model.ckpt-6.index"
+    newer.write_bytes(b"")
+    os.utime(newer, (2**32, 2**32))
+    status, output, errors = run("show", tmp_path)
+    assert (status, output) == (3, "")
+    names = ", ".join(str(tmp_path / f"model.ckpt-{n}") for n in (1200, 6))
+    assert "several checkpoints: give one of them" in errors
+    assert f"from the oldest to the newest {names}." in errors
+
+
+def test_converting_says_what_it_needs(run):
+    words = " ".join(run("convert", "--help")[1].split())
+    assert "Needs pip install orbax-checkpoint" in words
+    assert "only converting back needs TensorFlow" in words
+
+
+@pytest.mark.parametrize("missing", ["jax", "numpy"])
+def test_without_a_package_it_says_what_to_install(missing):
+    code = (
+        f"import sys; sys.modules[{missing!r}] = None; "
+        "from monolith_optax.checkpoint.__main__ import main; sys.exit(main())"
+    )
+    with start([sys.executable, "-c", code], "show", "x") as process:
+        output, errors = process.communicate(timeout=60)
+    assert (process.returncode, output) == (3, "")
+    assert errors == (
+        f"monolith-checkpoint: {missing} is not installed: "
+        "pip install 'monolith_optax[hash-tables]'.\n"
+    )
 
 
 @pytest.mark.parametrize("source", [prefix("adamom"), TABLES])
@@ -88,7 +134,7 @@ def test_a_bug_is_not_the_fault_of_a_file(run, monkeypatch):
     def fail(*_, **__):
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr(command_line, "read_tensorflow", fail)
+    monkeypatch.setattr(_show, "read_tensorflow", fail)
     status, output, errors = run("show", prefix("adamom"))
     assert (status, output) == (3, "")
     assert "ZeroDivisionError: a bug" in errors

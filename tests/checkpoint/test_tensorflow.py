@@ -137,4 +137,4 @@ def test_convert_there_and_back(tmp_path):
     assert again.returncode == 3
     assert "already exists" in again.stderr
     folder = run("convert", FOLDER / "adamom", tmp_path / "other")
-    assert "give a prefix, such as" in folder.stderr
+    assert "has several checkpoints: give one of them" in folder.stderr

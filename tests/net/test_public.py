@@ -27,8 +27,7 @@ def test_names_are_documented_and_name_the_public_module(name):
 
 
 def test_all_names_are_listed():
-    public = {name for name in vars(net) if not name.startswith("_")}
-    assert public == set(net.__all__)
+    assert {name for name in dir(net) if not name.startswith("_")} == set(net.__all__)
 
 
 @pytest.mark.parametrize("value", VALUES, ids=lambda value: type(value).__name__)
