@@ -14,3 +14,16 @@ def public(module: str) -> Callable[[Class], Class]:
         return cls
 
     return place
+
+
+def public_state(module: str) -> Callable[[Class], Class]:
+    """The same for a state of an optimizer, which `jax.export` then can serialize."""
+
+    def place(cls: Class) -> Class:
+        from jax import export  # only where JAX is loaded already
+
+        name = f"{module}.{cls.__name__}"
+        export.register_namedtuple_serialization(cls, serialized_name=name)
+        return public(module)(cls)
+
+    return place

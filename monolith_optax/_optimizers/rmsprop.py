@@ -8,10 +8,10 @@ from jax.typing import ArrayLike, DTypeLike
 
 from monolith_optax._optimizers.base import from_rule, root_to_add
 from monolith_optax._optimizers.weight_decay import Mask, WeightDecay
-from monolith_optax._public import public
+from monolith_optax._public import public_state
 
 
-@public("monolith_optax")
+@public_state("monolith_optax")
 class RmspropState(NamedTuple):
     """The state of `rmsprop`.
 

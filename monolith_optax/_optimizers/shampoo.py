@@ -14,14 +14,14 @@ from monolith_optax._leaves import describe, dtype_of
 from monolith_optax._optimizers import checks
 from monolith_optax._optimizers.base import as_dtype, root
 from monolith_optax._optimizers.slots import Slot, wide
-from monolith_optax._public import public
+from monolith_optax._public import public_state
 from monolith_optax._shardings import explicit_sharding, replicated
 
 Slots: TypeAlias = dict[str, Any]
 _LIKE_PARAMS = dict.fromkeys(("d", "m", "pm"), Slot())
 
 
-@public("monolith_optax")
+@public_state("monolith_optax")
 class ShampooState(NamedTuple):
     """The state of `shampoo`.
 

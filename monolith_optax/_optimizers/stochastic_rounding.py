@@ -9,10 +9,10 @@ import optax
 from jax.typing import ArrayLike
 
 from monolith_optax._leaves import describe, dtype_of
-from monolith_optax._public import public
+from monolith_optax._public import public_state
 
 
-@public("monolith_optax")
+@public_state("monolith_optax")
 class StochasticRoundingState(NamedTuple):
     """The state of `stochastic_rounding`.
 
@@ -55,7 +55,8 @@ def stochastic_rounding(
       `StochasticRoundingState`.
 
     Raises:
-      ValueError: `seed` is not an integer, or params are missing, or the updates do not
+      ValueError: `seed` is not an integer, or a parameter has 8 bits or fewer (`init`),
+        or params are missing, or the updates do not
         have their structure, as those of `lazy_rows` do not (`update`), or what the
         inner optimizer raises.
 
@@ -83,6 +84,7 @@ def stochastic_rounding(
     inner = optax.with_extra_args_support(inner)
 
     def init(params: optax.Params) -> StochasticRoundingState:
+        jax.tree_util.tree_map_with_path(_check_width, params)
         state = inner.init(jax.tree.map(_widened, params))
         return StochasticRoundingState(state, jnp.zeros([], jnp.int32))
 
@@ -119,6 +121,16 @@ def stochastic_rounding(
         return jax.tree.unflatten(treedef, rounded), new_state
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _check_width(path: Any, param: ArrayLike) -> None:
+    dtype = dtype_of(param)
+    if jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 2:
+        raise ValueError(
+            f"stochastic_rounding is for bfloat16 and float16, but "
+            f"params{jax.tree_util.keystr(path)} is {dtype}. Give it 16 bits, or leave "
+            "it to another optimizer with optax.partition."
+        )
 
 
 def _is_narrow(param: ArrayLike) -> bool:

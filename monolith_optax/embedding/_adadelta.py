@@ -9,10 +9,10 @@ from jax.typing import ArrayLike
 
 from monolith_optax._optimizers.base import from_rule
 from monolith_optax._optimizers.weight_decay import WeightDecay
-from monolith_optax._public import public
+from monolith_optax._public import public_state
 
 
-@public("monolith_optax.embedding")
+@public_state("monolith_optax.embedding")
 class AdadeltaState(NamedTuple):
     """The state of `adadelta`.
 

@@ -12,10 +12,10 @@ from jax.typing import ArrayLike
 from monolith_optax._leaves import describe, dtype_of
 from monolith_optax._optimizers.base import from_rule
 from monolith_optax._optimizers.slots import Slot
-from monolith_optax._public import public
+from monolith_optax._public import public_state
 
 
-@public("monolith_optax.embedding")
+@public_state("monolith_optax.embedding")
 class BatchSoftmaxState(NamedTuple):
     """The state of `batch_softmax`.
 

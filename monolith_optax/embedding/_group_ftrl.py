@@ -10,11 +10,11 @@ from jax.typing import ArrayLike
 from monolith_optax._optimizers import checks
 from monolith_optax._optimizers.base import from_rule, root
 from monolith_optax._optimizers.slots import Slot
-from monolith_optax._public import public
+from monolith_optax._public import public_state
 from monolith_optax.embedding._avx import in_blocks_of_8
 
 
-@public("monolith_optax.embedding")
+@public_state("monolith_optax.embedding")
 class GroupFtrlState(NamedTuple):
     """The state of `group_ftrl`.
 

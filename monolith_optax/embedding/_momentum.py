@@ -8,10 +8,10 @@ from jax.typing import ArrayLike
 
 from monolith_optax._optimizers.base import from_rule
 from monolith_optax._optimizers.weight_decay import WeightDecay
-from monolith_optax._public import public
+from monolith_optax._public import public_state
 
 
-@public("monolith_optax.embedding")
+@public_state("monolith_optax.embedding")
 class MomentumState(NamedTuple):
     """The state of `momentum`.
 

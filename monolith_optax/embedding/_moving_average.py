@@ -7,10 +7,10 @@ import optax
 from jax.typing import ArrayLike
 
 from monolith_optax._optimizers.base import from_rule
-from monolith_optax._public import public
+from monolith_optax._public import public_state
 
 
-@public("monolith_optax.embedding")
+@public_state("monolith_optax.embedding")
 class MovingAverageState(NamedTuple):
     """The state of `moving_average`.
 

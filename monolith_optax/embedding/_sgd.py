@@ -6,10 +6,10 @@ import jax
 import optax
 
 from monolith_optax._optimizers.base import from_rule
-from monolith_optax._public import public
+from monolith_optax._public import public_state
 
 
-@public("monolith_optax.embedding")
+@public_state("monolith_optax.embedding")
 class SgdState(NamedTuple):
     """The state of `sgd`.
 

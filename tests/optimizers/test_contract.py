@@ -371,6 +371,18 @@ def test_cond_takes_either_state(variant, params):
     assert_close(maybe_step(True, state), tx.update(grads, state, params))
 
 
+def test_a_step_is_exported_and_serialized(variant):
+    tx = variant.make()
+    params = {"a": jnp.ones((3, 2)), "b": jnp.ones((2, 2))}
+    state = tx.init(params)
+    exported = jax.export.export(jax.jit(tx.update))(params, state, params)
+    loaded = jax.export.deserialize(exported.serialize())
+    actual = loaded.call(params, state, params)
+    expected = jax.jit(tx.update)(params, state, params)
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    chex.assert_trees_all_equal(actual, expected)
+
+
 @pytest.mark.parametrize(
     ("dtype", "grad_dtype"),
     [

@@ -255,3 +255,6 @@ def test_mistakes():
     slices = RowSlices(jnp.array([1]), jnp.ones((1, 2)))
     with pytest.raises(ValueError, match=r"lazy_rows\(stochastic_rounding"):
         tx.update(slices, tx.init(table), table)
+    params = {"a": jnp.ones(3, jnp.bfloat16), "b": jnp.ones(3, jnp.float8_e4m3fn)}
+    with pytest.raises(ValueError, match=r"params\['b'\] is float8_e4m3fn"):
+        stochastic_rounding(adamom(), 0).init(params)

@@ -107,10 +107,12 @@ def global_norm(tree: Any) -> jax.Array:
 
 
 def _sums(slices: RowSlices) -> jax.Array:
-    """The rows of slices, with those of one id added up."""
+    """The rows of slices, with those of one id added up, in their dtype.
+
+    As in the dense gradient, a sum may be infinite in float16.
+    """
     ids = replicated(slices.ids).reshape(-1)
-    wide = slices.rows.astype(at_least_float32(slices.rows.dtype))
-    return sum_rows(one_position(ids, np.uint32(2**31)), wide, slices.row_shape)
+    return sum_rows(one_position(ids, np.uint32(2**31)), slices.rows, slices.row_shape)
 
 
 def _sum_of_squares(array: jax.Array) -> jax.Array:

@@ -85,3 +85,9 @@ def test_meshes(axis_type):
     with jax.set_mesh(mesh):
         norm = jax.jit(global_norm)(split)
     np.testing.assert_allclose(norm, global_norm(gradients), rtol=1e-6)
+
+
+def test_a_sum_that_is_infinite_in_float16_is_so_in_the_norm():
+    slices = RowSlices(jnp.array([1, 1]), jnp.full((2, 1), 40_000, jnp.float16))
+    assert jax.jit(global_norm)(slices) == jnp.inf
+    assert jnp.isfinite(global_norm(slices / 2))

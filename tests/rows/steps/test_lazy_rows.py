@@ -363,3 +363,12 @@ def test_wide_ids_without_wide_integers_are_padding():
         slices, LAZY_SGD.init(jnp.zeros((5, 1))), jnp.zeros((5, 1))
     )
     assert (-updates.to_dense(5))[:, 0].tolist() == expected
+
+
+def test_it_is_traced_where_transfers_are_forbidden():
+    tx = lazy_rows(optax.chain(optax.clip_by_global_norm(1.0), optax.adam(0.1)))
+    table, slices = jnp.ones((50, 3)), RowSlices(jnp.array([1, 1]), jnp.ones((2, 3)))
+    state, step = tx.init(table), jax.jit(tx.update)
+    with jax.transfer_guard("disallow"):
+        updates, _ = step(slices, state, table)
+    np.testing.assert_array_equal(updates.ids, [-1, 1])
