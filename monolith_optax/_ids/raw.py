@@ -9,17 +9,31 @@ from numpy.typing import NDArray
 def as_int64(raw: Any) -> np.ndarray:
     """Ids of any integer dtype as int64; unsigned ones keep their bits."""
     ids = np.asarray(raw)
+    if not ids.size:  # NumPy calls an empty list floats
+        return np.zeros(ids.shape, np.int64)
+    if ids.dtype == object:
+        ids = _from_objects(ids)
     if ids.dtype.kind == "i" or ids.dtype.kind == "u":
         wide = np.int64 if ids.dtype.kind == "i" else np.uint64
         return np.ascontiguousarray(ids, wide).view(np.int64).reshape(ids.shape)
-    if ids.dtype == object and all(type(one) is int for one in ids.flat):
-        raise ValueError(
-            "Ids are integers of 64 bits, from -2**63 to 2**64 - 1, but there are "
-            "larger ones, or negative ones beside ones of 2**63 or more."
-        )
     raise TypeError(
         f"Ids must be integers, but these have the dtype {ids.dtype}. Lists of Python "
         "integers with some of 2**63 or more: np.array(ids, np.uint64)."
+    )
+
+
+def _from_objects(ids: np.ndarray) -> np.ndarray:
+    """Python's or NumPy's integers in the dtype that holds them all, if one does."""
+    for one in ids.flat:
+        if not isinstance(one, int | np.integer) or isinstance(one, bool):
+            raise TypeError(f"Ids must be integers, but {one!r} is among them.")
+    least, most = min(map(int, ids.flat)), max(map(int, ids.flat))
+    for dtype in (np.int64, np.uint64):
+        if np.iinfo(dtype).min <= least and most <= np.iinfo(dtype).max:
+            return ids.astype(dtype)
+    raise ValueError(
+        "Ids are integers of 64 bits, all signed or all unsigned, but these are from "
+        f"{least} to {most}."
     )
 
 

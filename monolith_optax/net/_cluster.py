@@ -3,12 +3,16 @@
 import json
 import os
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 
 def tf_config_addresses(
     tf_config: str | None = None, *, roles: Sequence[str] | None = None
 ) -> list[str]:
     """The addresses in a TensorFlow cluster description.
+
+    A role has a list of addresses, or a mapping from the numbers of tasks to addresses,
+    in which some may be missing. Kubeflow's `sparseCluster` is read like `cluster`.
 
     Args:
       tf_config: the JSON text. None: that of the environment variable `TF_CONFIG`.
@@ -28,8 +32,7 @@ def tf_config_addresses(
     if tf_config is None and not (tf_config := os.environ.get("TF_CONFIG")):
         raise ValueError("The environment variable TF_CONFIG is not set.")
     try:
-        cluster = json.loads(tf_config)["cluster"]
-        nodes = {role: _list_of_strings(found) for role, found in cluster.items()}
+        nodes = _by_role(json.loads(tf_config))
     except (
         ValueError,
         TypeError,
@@ -85,7 +88,23 @@ def read_addresses(lines: Iterable[str]) -> list[str]:
     return [text for text in texts if text]
 
 
-def _list_of_strings(value: object) -> list[str]:
-    if not isinstance(value, list) or not all(isinstance(x, str) for x in value):
-        raise TypeError(value)
-    return value
+def _by_role(config: Any) -> dict[str, list[str]]:
+    """The addresses of each role, in the order of its tasks."""
+    roles: dict[str, dict[int, str]] = {}
+    for key in ("cluster", "sparseCluster"):
+        for role, tasks in config.get(key, {}).items():
+            roles.setdefault(role, {}).update(_by_task(tasks))
+    if not ("cluster" in config or "sparseCluster" in config):
+        raise KeyError("cluster")
+    return {
+        role: [address for _, address in sorted(tasks.items())]
+        for role, tasks in roles.items()
+    }
+
+
+def _by_task(tasks: Any) -> dict[int, str]:
+    if isinstance(tasks, list):
+        tasks = dict(enumerate(tasks))
+    if not all(isinstance(address, str) for address in tasks.values()):
+        raise TypeError(tasks)
+    return {int(number): address for number, address in tasks.items()}

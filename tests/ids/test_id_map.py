@@ -233,6 +233,27 @@ def test_arrays_that_are_no_map_are_refused(change, message):
         IdMap.from_arrays(arrays)
 
 
+@pytest.mark.parametrize("raw", [[], [[], []], np.array([]), np.array([], object)])
+def test_no_ids_at_all(raw):
+    ids = IdMap(10)
+    rows, fresh = ids.assign(raw)
+    assert (rows.shape, fresh.shape) == (np.shape(raw), (0,))
+    assert rows.dtype == fresh.dtype == ids.lookup(raw).dtype == np.int32
+    assert [part.tolist() for part in split_ids(raw, 2)] == [[], []]
+    assert len(ids) == 0
+
+
+@pytest.mark.parametrize("kind", [int, np.int64, np.uint64, np.int32])
+def test_object_arrays_of_integers(kind):
+    most = min(np.iinfo(kind).max, 2**64 - 1) if kind is not int else 2**64 - 1
+    raw = np.array([kind(most), kind(7), kind(most)], object)
+    rows, fresh = IdMap(10).assign(raw)
+    assert (rows.tolist(), fresh.tolist()) == ([1, 2, 1], [1, 2, -1])
+    signed = IdMap(10)
+    signed.assign([int(np.uint64(most).view(np.int64)) if most > 2**63 else most])
+    assert signed.lookup(raw).tolist() == [1, 0, 1]
+
+
 @pytest.mark.parametrize(
     ("raw", "error"),
     [
@@ -241,6 +262,10 @@ def test_arrays_that_are_no_map_are_refused(change, message):
         ([True], TypeError),
         ([2**64], ValueError),
         ([None], TypeError),
+        (np.array([1.0], object), TypeError),
+        (np.array([True], object), TypeError),
+        (np.array([1, None], object), TypeError),
+        (np.array([-1, 2**63], object), ValueError),
     ],
 )
 def test_what_is_no_id_is_refused(raw, error):

@@ -120,9 +120,26 @@ def test_tf_config(monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("config", "addresses"),
+    [
+        ({"cluster": {"worker": {"10": "k:1", "2": "c:1"}}}, ["c:1", "k:1"]),
+        ({"sparseCluster": {"worker": {"3": "d:1"}, "ps": ["p:1"]}}, ["d:1", "p:1"]),
+        (
+            {"cluster": {"ps": ["p:1"]}, "sparseCluster": {"worker": {"3": "d:1"}}},
+            ["p:1", "d:1"],
+        ),
+        ({"cluster": {"worker": {}}}, []),
+    ],
+)
+def test_tf_config_with_numbered_tasks(config, addresses):
+    assert net.tf_config_addresses(json.dumps(config)) == addresses
+
+
+@pytest.mark.parametrize(
     "text",
     ["", "{", "[]", "{}", '{"cluster": []}', '{"cluster": {"ps": "a:1"}}',
-     '{"cluster": {"ps": [1]}}'],
+     '{"cluster": {"ps": [1]}}', '{"cluster": {"ps": {"0": 1}}}', '{"cluster": null}',
+     '{"cluster": {"ps": {"first": "a:1"}}}', '{"sparseCluster": []}'],
 )  # fmt: skip
 def test_tf_config_that_is_none(text):
     with pytest.raises(ValueError, match="TF_CONFIG must be JSON"):

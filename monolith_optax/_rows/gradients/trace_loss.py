@@ -69,11 +69,29 @@ _ARRAY = object()
 
 
 def _as_data(argument: Any) -> Any:
-    """An argument with JAX's arrays for NumPy's, which are constants of a program."""
+    """An argument with JAX's arrays for NumPy's, which are constants of a program.
+
+    Raises:
+      ValueError: JAX would cut an integer to 32 bits, and look up another row.
+    """
 
     def is_numbers(leaf: Any) -> bool:
         return isinstance(leaf, np.ndarray) and leaf.dtype.kind in "biufc"
 
     if not any(map(is_numbers, jax.tree.leaves(argument))):
         return argument
-    return jax.tree.map(lambda x: jnp.asarray(x) if is_numbers(x) else x, argument)
+    return jax.tree.map(lambda x: _uncut(x) if is_numbers(x) else x, argument)
+
+
+def _uncut(array: np.ndarray) -> jax.Array:
+    result = jnp.asarray(array)
+    if array.dtype.itemsize > result.dtype.itemsize and array.dtype.kind in "iu":
+        changed = array[np.asarray(result) != array]
+        if changed.size:
+            raise ValueError(
+                f"A batch has the integer {changed[0]} of 64 bits, which JAX would cut "
+                "to 32 bits: as an id, it would look up the row of another. Give rows "
+                "that monolith_optax.IdMap has made of ids, or leave out integers that "
+                "are not ids."
+            )
+    return result

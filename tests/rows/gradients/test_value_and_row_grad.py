@@ -299,3 +299,16 @@ def test_slices_of_a_bfloat16_table_are_bfloat16():
     )
     assert isinstance(gradients, RowSlices)
     assert gradients.rows.dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("big", [2**32 + 3, -(2**31) - 1, np.uint64(2**63)])
+def test_ids_that_jax_would_cut_are_an_error(big):
+    params = {"table": jnp.zeros((10, 2))}
+    grad = value_and_row_grad(lambda params, ids: params["table"][ids].sum())
+    for call in grad, grad.explain:
+        with pytest.raises(ValueError, match=f"integer {big} of 64 bits, which JAX"):
+            call(params, np.array([1, big]).astype(np.asarray(big).dtype))
+    _, gradients = grad(params, np.array([1, 2**31 - 1, -1]))
+    assert gradients["table"].ids.tolist() == [1, -1, 9]
+    with jax.enable_x64(True):
+        grad(params, np.array([1, 2**32 + 3]))
