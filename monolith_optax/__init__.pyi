@@ -5,7 +5,10 @@ from monolith_optax import net as net
 from monolith_optax._compiled.check_in_place import check_in_place as check_in_place
 from monolith_optax._ids.id_map import IdMap as IdMap
 from monolith_optax._ids.initial_rows import uniform_rows as uniform_rows
+from monolith_optax._ids.moves import Moves as Moves
 from monolith_optax._ids.raw import split_ids as split_ids
+from monolith_optax._ids.row_cache import CacheCounts as CacheCounts
+from monolith_optax._ids.row_cache import RowCache as RowCache
 from monolith_optax._optimizers.adamom import AdamomState as AdamomState
 from monolith_optax._optimizers.adamom import adamom as adamom
 from monolith_optax._optimizers.rmsprop import RmspropState as RmspropState
