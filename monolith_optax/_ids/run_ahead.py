@@ -44,8 +44,8 @@ def run_ahead(items: Generator[Item, None, None], depth: int) -> Iterator[Item]:
         put(*end)
 
     thread = threading.Thread(target=work, name="run_ahead", daemon=True)
-    thread.start()
     try:
+        thread.start()
         while True:
             with changed:
                 changed.wait_for(lambda: ready)
@@ -60,4 +60,5 @@ def run_ahead(items: Generator[Item, None, None], depth: int) -> Iterator[Item]:
         with changed:
             stopped = True
             changed.notify_all()
-        thread.join(_PATIENCE_S)
+        if thread.ident is not None:
+            thread.join(_PATIENCE_S)

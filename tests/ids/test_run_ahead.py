@@ -69,9 +69,12 @@ CTRL_C = """
 import os, signal, threading, time
 from monolith_optax._ids.run_ahead import run_ahead
 
+trained = threading.Event()
+
 def source():
     try:
         yield 1
+        trained.wait()
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(0.5)  # while the loop waits
         yield 2
@@ -82,6 +85,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 try:
     for item in run_ahead(source(), 3):
         print(item)
+        trained.set()
 except KeyboardInterrupt:
     print(threading.active_count(), "thread")
 """
