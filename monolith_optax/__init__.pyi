@@ -31,6 +31,8 @@ from monolith_optax._rows.slices.trees import global_norm as global_norm
 from monolith_optax._rows.slices.trees import pmean as pmean
 from monolith_optax._rows.slices.trees import psum as psum
 from monolith_optax._rows.steps.accumulate import accumulate as accumulate
+from monolith_optax._rows.steps.grow_rows import grow_rows as grow_rows
+from monolith_optax._rows.steps.grow_rows import restack as restack
 from monolith_optax._rows.steps.lazy_rows import lazy_rows as lazy_rows
 from monolith_optax._rows.steps.read_rows import read_rows as read_rows
 from monolith_optax._rows.steps.read_rows import write_rows as write_rows

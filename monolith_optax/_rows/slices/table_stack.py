@@ -187,7 +187,7 @@ class TableStack:
         Raises:
           ValueError: the tree is another, or ids are not integers.
         """
-        return self._concatenated("ids", ids, _as_row_ids)
+        return self._concatenated("ids", ids, self._row_ids)
 
     def concatenate(self, rows: Any) -> dict[str, jax.Array]:
         """Values for the rows of `row_ids`, in the same order.
@@ -202,7 +202,53 @@ class TableStack:
         Raises:
           ValueError: the tree is another, or rows do not have the shape of their table.
         """
-        return self._concatenated("rows", rows, _as_rows)
+        return self._concatenated("rows", rows, self._rows)
+
+    def start(self, init: Any) -> dict[str, jax.Array]:
+        """The arrays of new tables.
+
+        Args:
+          init: a number, or a tree of tables.
+        """
+        if np.ndim(init) == 0 and jax.tree_util.all_leaves([init]):
+            return {
+                key: jnp.full(each.shape, init, each.dtype)
+                for key, each in self.shapes.items()
+            }
+        return self.pack(init)
+
+    def moves_to(self, new: "TableStack") -> tuple[dict[str, Any], dict[str, Any]]:
+        """For each array where rows of its tables are, and where they are in another.
+
+        Raises:
+          ValueError: a table is not in the new stack, or has fewer rows there, or rows
+            of another shape or dtype.
+        """
+        others = {part.name: part for part in new._parts}
+        before: dict[str, list[Any]] = {key: [] for key in self.shapes}
+        after: dict[str, list[Any]] = {key: [] for key in self.shapes}
+        for part in self._parts:
+            other = others.get(part.name)
+            if other is None or other.key != part.key or other.num_rows < part.num_rows:
+                there = f"{other.num_rows} of {other.key}" if other else "none"
+                raise ValueError(
+                    f"tables{part.name} has {part.num_rows} rows of {part.key} in the "
+                    "old stack, so it must have at least as many of this kind in the "
+                    f"new one, but there it has {there}."
+                )
+            rows = np.arange(part.num_rows, dtype=np.int32)
+            before[part.key].append(self._positions(part, rows))
+            after[part.key].append(new._positions(other, rows))
+        return (
+            {key: np.concatenate(rows) for key, rows in before.items()},
+            {key: np.concatenate(rows) for key, rows in after.items()},
+        )
+
+    def _positions(self, part: _Part, rows: Any) -> Any:
+        """Where rows of a table are in its array."""
+        per_shard = self.shapes[part.key].shape[0] // self._shards
+        shard, row = divmod(rows, np.int32(max(part.per_shard, 1)))
+        return shard * np.int32(per_shard) + np.int32(part.first) + row
 
     def _leaves(self, what: str, tree: Any) -> list[tuple[_Part, Any]]:
         pairs: list[tuple[_Part, Any]] = []
@@ -243,36 +289,31 @@ class TableStack:
         return table.reshape(-1, *row_shape)[: part.num_rows]
 
     def _concatenated(
-        self, what: str, tree: Any, flat: Callable[..., jax.Array]
+        self, what: str, tree: Any, flat: Callable[[_Part, Any], jax.Array]
     ) -> dict[str, Any]:
         found: dict[str, list[jax.Array]] = {key: [] for key in self.shapes}
         for part, leaf in self._leaves(what, tree):
             if leaf is not None:
-                found[part.key].append(
-                    flat(part, leaf, self.shapes[part.key], self._shards)
-                )
+                found[part.key].append(flat(part, leaf))
         return {
             key: jnp.concatenate(arrays) if arrays else None
             for key, arrays in found.items()
         }
 
+    def _row_ids(self, part: _Part, ids: Any) -> jax.Array:
+        ids = int32_ids(ids).reshape(-1)
+        inside = (ids >= 0) & (ids < part.num_rows)
+        return jnp.where(inside, self._positions(part, ids), -1)
+
+    def _rows(self, part: _Part, rows: Any) -> jax.Array:
+        row_shape = self.shapes[part.key].shape[1:]
+        if np.shape(rows)[-len(row_shape) :] != row_shape:
+            raise ValueError(
+                f"rows{part.name} must have rows of shape {row_shape}, but it is "
+                f"{describe(rows)}."
+            )
+        return jnp.asarray(rows).reshape(-1, *row_shape)
+
     def __repr__(self) -> str:
         arrays = ", ".join(f"{key}: {each.shape}" for key, each in self.shapes.items())
         return f"TableStack({len(self._parts)} tables in {{{arrays}}})"
-
-
-def _as_row_ids(part: _Part, ids: Any, array: Any, shards: int) -> jax.Array:
-    ids = int32_ids(ids).reshape(-1)
-    inside = (ids >= 0) & (ids < part.num_rows)
-    shard, row = jnp.divmod(ids, np.int32(max(part.per_shard, 1)))
-    return jnp.where(inside, shard * (array.shape[0] // shards) + part.first + row, -1)
-
-
-def _as_rows(part: _Part, rows: Any, array: Any, _: int) -> jax.Array:
-    row_shape = array.shape[1:]
-    if np.shape(rows)[-len(row_shape) :] != row_shape:
-        raise ValueError(
-            f"rows{part.name} must have rows of shape {row_shape}, but it is "
-            f"{describe(rows)}."
-        )
-    return jnp.asarray(rows).reshape(-1, *row_shape)
