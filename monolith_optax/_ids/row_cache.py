@@ -271,7 +271,17 @@ class RowCache:
         return params, state
 
     def _write_back(self, params: Any, state: Any) -> None:
-        """Copies the rows on the device into the store, which then has all rows."""
+        """Copies the rows on the device into the store, which then has all rows.
+
+        Raises:
+          RuntimeError: batches have been assigned and not moved.
+        """
+        self._check_thread("Saving")
+        if self._assigned:
+            raise RuntimeError(
+                f"{len(self._assigned)} batches have been assigned but not moved: "
+                "train on them, or call drain, before you save."
+            )
         self._settle()
         for name, cached in self._ids.items():
             rows, numbers = cached.residents.all()
@@ -380,12 +390,6 @@ class RowCache:
           RuntimeError: batches have been assigned and not moved.
           OSError: the snapshot cannot be written. The last one is as it was.
         """
-        self._check_thread("save")
-        if self._assigned:
-            raise RuntimeError(
-                f"{len(self._assigned)} batches have been assigned but not moved: "
-                "train on them, or call drain, before save."
-            )
         self._write_back(params, state)
         batches = self.counts.batches
         snapshots.save(folder, self._tables, self._ids, params, state, batches)
@@ -412,13 +416,16 @@ class RowCache:
           RuntimeError: this cache has been used before.
           ValueError: the snapshot is of other tables or another optimizer.
         """
-        if self._number:
-            raise RuntimeError("restore needs a new cache, but this one was used.")
+        self._check_new("restore")
         params, state, batches = snapshots.restore(
             folder, self._tables, self._ids, params, state
         )
         self.counts = CacheCounts(batches=batches)
         return params, state
+
+    def _check_new(self, what: str) -> None:
+        if self._number or any(self.num_ids.values()):
+            raise RuntimeError(f"{what} needs a new cache, but this one was used.")
 
     @property
     def num_ids(self) -> dict[str, int]:

@@ -1,4 +1,10 @@
 # What the package exports, for type checkers and for __init__.py, which reads it.
+from monolith_optax.checkpoint._cached_hash_tables import (
+    read_cached_hash_tables as read_cached_hash_tables,
+)
+from monolith_optax.checkpoint._cached_hash_tables import (
+    write_cached_hash_tables as write_cached_hash_tables,
+)
 from monolith_optax.checkpoint._export_hash_tables import (
     export_hash_tables as export_hash_tables,
 )

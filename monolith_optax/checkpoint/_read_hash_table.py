@@ -64,7 +64,7 @@ def read_hash_table(
     segments = checked(segments)
     files = Files(assets_folder(folder))
     source = find(files, name, servers)
-    reader, ids_of = _Reader(segments), dict[int | None, slice]()
+    reader, ids_of = Reader(segments), dict[int | None, slice]()
     for server, shards in source.shards.items():
         start = reader.size
         for shard in shards:
@@ -72,17 +72,17 @@ def read_hash_table(
                 if table == source.table:
                     reader.add(records, shard.path)
         ids_of[server] = slice(start, reader.size)
-    counted = bool(source.table) and _check_count(source, files.folder, reader.size)
+    counted = bool(source.table) and check_count(source, files.folder, reader.size)
     ids = reader.arrays["ids"]
     source.check_owners(
         {server: ids[these] for server, these in ids_of.items()},
         reader.where,
         sure=counted or servers is not None,
     )
-    return _table(segments, reader.sorted())
+    return as_table(segments, reader.sorted())
 
 
-def _check_count(source: Source, folder: Path, size: int) -> bool:
+def check_count(source: Source, folder: Path, size: int) -> bool:
     """Compares the number of entries with that of `ckpt.info`, if there is one."""
     counts = saved_counts(folder)
     if counts is None:
@@ -95,7 +95,7 @@ def _check_count(source: Source, folder: Path, size: int) -> bool:
     return True
 
 
-class _Reader:
+class Reader:
     """The columns of a table, which grow while its files are read."""
 
     def __init__(self, segments: Segments) -> None:
@@ -136,9 +136,14 @@ class _Reader:
         for array in self.arrays.values():
             array.resize((size, *array.shape[1:]), refcheck=False)
 
+    def columns(self) -> Arrays:
+        """The columns in the order of the files."""
+        self._resize(self.size)
+        return self.arrays
+
     def sorted(self) -> Arrays:
         """The columns in the order of ids, of which none may be there twice."""
-        self._resize(self.size)
+        self.columns()
         order = np.argsort(self.arrays["ids"], kind="stable")
         for array in self.arrays.values():
             _reorder(array, order)
@@ -170,7 +175,8 @@ def _reorder(array: np.ndarray, order: np.ndarray) -> None:
         some[:] = some.take(order, axis=0)
 
 
-def _table(segments: Segments, arrays: Arrays) -> HashTable:
+def as_table(segments: Segments, arrays: Arrays) -> HashTable:
+    """The table of some columns."""
     return HashTable(
         ids=arrays["ids"],
         weights=arrays["weights"],

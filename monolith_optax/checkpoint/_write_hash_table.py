@@ -2,7 +2,7 @@
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -74,28 +74,66 @@ def write_hash_table(
       ...     print(read_hash_table(folder, "item", segments=[("adagrad", 3)]).ids)
       [                  5 4611686018427387904]
     """
-    suffix, folder = file_name(name), Path(folder)
     if not 1 <= shards <= 99_999:
         raise ValueError(f"There are from 1 to 99999 shards, but {shards} are given.")
+    names = _names(name, shards)
+    segments = _segments(table)
+    arrays = _arrays(table, segments)
+    ends = [len(table.ids) * shard // shards for shard in range(shards + 1)]
+    _write(
+        Path(folder),
+        name,
+        {
+            file: _records(segments, arrays, ends[shard], ends[shard + 1])
+            for shard, file in enumerate(names)
+        },
+    )
+
+
+def write_hash_table_parts(
+    folder: str | os.PathLike[str], name: str, shards: Sequence[Iterable[HashTable]]
+) -> None:
+    """What `write_hash_table` does, of parts of a table for each file.
+
+    Ids must be distinct; only those of a part are compared.
+    """
+
+    def records(parts: Iterable[HashTable]) -> Iterator[np.ndarray]:
+        for part in parts:
+            segments = _segments(part)
+            arrays = _arrays(part, segments)
+            yield from _records(segments, arrays, 0, len(part.ids))
+
+    names = _names(name, len(shards))
+    _write(Path(folder), name, dict(zip(names, map(records, shards), strict=True)))
+
+
+def _names(name: str, shards: int) -> list[str]:
+    suffix = file_name(name)
     names = [shard_name(SINGLE, suffix, shard, shards) for shard in range(shards)]
     if not name or "\0" in name or Path(names[0]).name != names[0] or "\\" in name:
         raise ValueError(f"A table's name becomes one of a file, but this is {name!r}.")
-    segments = checked([(segment.optimizer, segment.dim) for segment in table.segments])
-    arrays = _arrays(table, segments)
+    return names
+
+
+def _segments(table: HashTable) -> Segments:
+    return checked([(segment.optimizer, segment.dim) for segment in table.segments])
+
+
+def _write(folder: Path, name: str, files: dict[str, Iterator[np.ndarray]]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     # Monolith's restore counts what begins with the table's name, as this does not.
     with tempfile.TemporaryDirectory(prefix=".writing-", dir=folder) as unfinished:
-        ends = [len(table.ids) * shard // shards for shard in range(shards + 1)]
-        for shard, file in enumerate(names):
+        for file, records in files.items():
             with Path(unfinished, file).open("wb") as out:
-                for records in _records(segments, arrays, ends[shard], ends[shard + 1]):
-                    out.write(records.data)
+                for some in records:
+                    out.write(some.data)
                 out.flush()
                 os.fsync(out.fileno())
-        for file in names:
+        for file in files:
             Path(unfinished, file).replace(folder / file)
     for path in folder.iterdir():
-        if path.name not in names and is_left_over(path.name, suffix):
+        if path.name not in files and is_left_over(path.name, file_name(name)):
             path.unlink()
 
 
