@@ -3,6 +3,7 @@ from monolith_optax import checkpoint as checkpoint
 from monolith_optax import embedding as embedding
 from monolith_optax import net as net
 from monolith_optax._compiled.check_in_place import check_in_place as check_in_place
+from monolith_optax._ids.bags import Bags as Bags
 from monolith_optax._ids.id_map import IdMap as IdMap
 from monolith_optax._ids.initial_rows import uniform_rows as uniform_rows
 from monolith_optax._ids.moves import Moves as Moves
@@ -24,6 +25,7 @@ from monolith_optax._optimizers.stochastic_rounding import (
 from monolith_optax._rows.gradients.value_and_row_grad import (
     value_and_row_grad as value_and_row_grad,
 )
+from monolith_optax._rows.slices.bag_lookup import bag_lookup as bag_lookup
 from monolith_optax._rows.slices.row_slices import RowSlices as RowSlices
 from monolith_optax._rows.slices.table_stack import TableStack as TableStack
 from monolith_optax._rows.slices.trees import apply_updates as apply_updates
