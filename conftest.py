@@ -3,12 +3,14 @@
 import os
 import random
 import signal
+from contextlib import ExitStack
 from importlib.util import find_spec
 
 import jax
 import pytest
 from console_blocks import ConsoleBlockParser, folder_with_checkpoints
 from hypothesis import settings
+from steps_in_place import steps_are_checked
 from sybil import Sybil
 from sybil.parsers.markdown import PythonCodeBlockParser, SkipParser
 
@@ -47,11 +49,18 @@ collect_ignore_glob = ["docs/*.py"]
 def prepare_document(namespace):
     namespace["find_spec"] = find_spec  # to skip by
     namespace["CONSOLE_FOLDER"] = folder_with_checkpoints()
+    namespace["CHECKED"] = ExitStack()
+    namespace["CHECKED"].enter_context(steps_are_checked())
+
+
+def leave_document(namespace):
+    namespace["CONSOLE_FOLDER"].cleanup()
+    namespace["CHECKED"].close()
 
 
 pytest_collect_file = Sybil(
     parsers=[PythonCodeBlockParser(), ConsoleBlockParser(), SkipParser()],
     patterns=["README.md", "docs/*.md"],
     setup=prepare_document,
-    teardown=lambda namespace: namespace["CONSOLE_FOLDER"].cleanup(),
+    teardown=leave_document,
 ).pytest()

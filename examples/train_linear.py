@@ -78,6 +78,7 @@ def train(
     schedule = optax.cosine_decay_schedule(peak, steps)
     tx = optax.chain(optax.clip_by_global_norm(1.0), make(schedule))
 
+    # Donated, so that it writes into the old arrays instead of copying them.
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step(
         params: dict[str, jax.Array], state: optax.OptState, key: jax.Array

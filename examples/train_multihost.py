@@ -184,6 +184,7 @@ def make_step(tx: optax.GradientTransformation, like: Any, *, dense: bool) -> St
         value_and_grad = monolith_optax.value_and_row_grad(loss_fn, TABLES)
         where = whole
 
+    # Donated, so that it writes into the old arrays instead of copying them.
     @functools.partial(jax.jit, donate_argnums=0, out_shardings=(shardings, whole))
     def step(carry: Carry, batch: Batch) -> tuple[Any, jax.Array]:
         params, state = carry

@@ -186,6 +186,7 @@ def make_step(
     else:
         value_and_grad = monolith_optax.value_and_row_grad(loss)
 
+    # Donated, so that it writes into the old arrays instead of copying them.
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step(
         params: Params, state: optax.OptState, batch: Ratings

@@ -163,6 +163,7 @@ def make_step(tx: optax.GradientTransformation) -> Step:
     tables = {**dict.fromkeys(FEATURES, True), "mean": False}
     value_and_grad = monolith_optax.value_and_row_grad(loss_fn, tables)
 
+    # Donated, so that it writes into the old arrays instead of copying them.
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step(
         params: Any, state: Any, known: Any, rows: Any, fresh: Any, new: Any, stars: Any

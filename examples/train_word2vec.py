@@ -159,6 +159,7 @@ def make_step(tx: optax.GradientTransformation, way: str, corpus: Corpus) -> Ste
         tables = {"input": True, "output": True}
         value_and_grad = monolith_optax.value_and_row_grad(loss_fn, tables)
 
+    # Donated, so that it writes into the old arrays instead of copying them.
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step(
         params: Params, state: optax.OptState, batch: Batch, key: jax.Array

@@ -1,10 +1,16 @@
-"""Pages that list what is elsewhere in the repository: nothing is missing or gone."""
+"""Pages list what is elsewhere in the repository, and their steps are in place."""
 
+import functools
 import re
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import optax
 import pytest
+from steps_in_place import steps_are_checked
 
+from monolith_optax import RowSlices, lazy_rows
 from monolith_optax.checkpoint import __main__ as checkpoint
 from monolith_optax.checkpoint._segments import KINDS, PER_ROW, PER_WEIGHT, STEP
 from monolith_optax.net import __main__ as net
@@ -40,3 +46,23 @@ def test_slots_of_hash_tables_are_those_that_are_read():
         slots = re.search(row, page("formats.md"))[1]
         described = ", ".join(f"`{slot}`: {kinds[x]}" for slot, x in kind.slots.items())
         assert slots == described or not kind.slots
+
+
+@pytest.mark.parametrize("donated", [(), (0,), (0, 1)])
+def test_steps_of_documents_are_checked(donated):
+    tx = lazy_rows(optax.adagrad(0.1))
+    params = jnp.ones((10_000, 8))
+    with steps_are_checked() as checked:
+
+        @functools.partial(jax.jit, donate_argnums=donated)
+        def step(params, state):
+            gradient = RowSlices(jnp.arange(2), jnp.ones((2, 8)))
+            updates, state = tx.update(gradient, state, params)
+            return optax.apply_updates(params, updates), state
+
+        if donated == (0, 1):
+            step(params, tx.init(params))
+            assert checked == ["step"]
+        else:
+            with pytest.raises((ValueError, AssertionError), match=r"donate[sd]"):
+                step(params, tx.init(params))
