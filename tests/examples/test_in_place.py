@@ -33,7 +33,7 @@ def test_the_example_of_many_devices():
     tx = lazy_rows(adamom(0.1))
 
     def init():
-        return example.init_params(16, seed=0)
+        return example.init_params(64, seed=0)
 
     like = example.carry_like(tx, init, mesh)
     data, _ = example.load_data()
