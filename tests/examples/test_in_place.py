@@ -22,7 +22,13 @@ def test_examples(name, tmp_path, monkeypatch):
     example = str(EXAMPLES / f"train_{name}.py")
     options = ["--quick", "--plot", str(tmp_path / "plot.png")]
     monkeypatch.setattr(sys, "argv", [example, *options])
-    with steps_are_checked() as checked:
+    # The tables of the stream are small at first.
+    monkeypatch.setattr("monolith_optax._compiled.check_in_place._SMALLEST", 2**12)
+    with (
+        steps_are_checked() as checked,
+        jax.numpy_dtype_promotion("standard"),
+        jax.numpy_rank_promotion("allow"),
+    ):
         runpy.run_path(example, run_name="__main__")
     assert "step" in checked
 
