@@ -60,8 +60,8 @@ def rows_sharding(table: ArrayLike, ids: ArrayLike) -> NamedSharding | None:
     return NamedSharding(sharding.mesh, PartitionSpec(*batch, *columns))
 
 
-def without_row_axis(sharding: Any) -> Any:
-    """A sharding with its first axis on all devices, for any number of rows."""
+def without_row_axes(sharding: Any, count: int = 1) -> Any:
+    """A sharding whose first axes are one, on all devices, for any number of rows."""
     if isinstance(sharding, PartitionSpec):
-        return PartitionSpec(None, *sharding[1:])
-    return NamedSharding(sharding.mesh, without_row_axis(sharding.spec))
+        return PartitionSpec(None, *sharding[count:])
+    return NamedSharding(sharding.mesh, without_row_axes(sharding.spec, count))

@@ -4,6 +4,7 @@ Such a rule was written for whole arrays. When a derivative is taken, the rule i
 on whole arrays, and then run on rows as any other program.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -11,40 +12,39 @@ import jax.numpy as jnp
 import numpy as np
 
 from monolith_optax._rows.programs import jaxprs
-from monolith_optax._rows.programs.jaxprs import Equation, type_of
+from monolith_optax._rows.programs.jaxprs import Equation, Program, type_of
 from monolith_optax._rows.programs.known_constants import ZERO, Constant
 from monolith_optax._rows.programs.row_values import (
+    Kind,
     MixesRowsError,
-    Pending,
     Rows,
     Run,
     Value,
-    Whole,
-    common_table,
-    kinds,
+    kind,
     known_as,
 )
 from monolith_optax._rows.slices.row_access import Table
 
 
 def run_with_derivatives(
-    run: Run, equation: Equation, operands: list[Value]
+    run: Run,
+    equation: Equation,
+    operands: list[Value],
+    kinds: Sequence[Kind] | None = None,
 ) -> list[Value]:
-    """Runs a `custom_jvp` or `custom_vjp` function so that it keeps its rule."""
-    table = common_table(equation, operands)
-    if table is None:
-        arrays = [value.at(None) for value in operands]
-        return list(map(Whole, jaxprs.bind(equation, arrays)))
-    operands = [
-        Rows(value.at(table), table, value.constant)
-        if isinstance(value, Pending)
-        else value
-        for value in operands
-    ]
+    """Runs a `custom_jvp` or `custom_vjp` function so that it keeps its rule.
+
+    Args:
+      run: runs its program, and others that are made of its rule.
+      equation: the equation.
+      operands: its operands, whole or rows.
+      kinds: the kinds of its results, if they are known.
+    """
     program = jaxprs.called_program(equation)
     assert program is not None
-    [results] = kinds(run, [program], operands)
-    tables = [kind.table for kind in results]
+    if kinds is None:
+        kinds = _kinds(run, program, operands)
+    tables = [kind.table for kind in kinds]
 
     def function(*arrays: Any) -> list[Any]:
         values = run(program, _values(arrays, operands))
@@ -56,8 +56,19 @@ def run_with_derivatives(
     )
     return [
         known_as(array, kind.table, kind.constant)
-        for array, kind in zip(arrays, results, strict=True)
+        for array, kind in zip(arrays, kinds, strict=True)
     ]
+
+
+def _kinds(run: Run, program: Program, operands: list[Value]) -> list[Kind]:
+    """The kinds of the results of a program."""
+    found: list[Kind] = []
+
+    def abstractly() -> None:
+        found.extend(map(kind, run(program, operands)))
+
+    jax.eval_shape(abstractly)
+    return found
 
 
 def _with_jvp(

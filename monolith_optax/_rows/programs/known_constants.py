@@ -4,10 +4,11 @@ In such a row a gradient is 0, so that its square is 0, too, and whether it is f
 True. Constants of results are found by applying the same operation to constants. Only
 where one operand decides are there rules: `0 * x` and `0 / x` count as 0 whatever `x`
 is, so where a dense step has NaN in a row without a gradient, because `x` is no
-number there, a lazy step takes no notice of it.
+number there, a lazy step takes no notice of it. But `x` decides the sign of that 0.
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,6 +16,9 @@ import jax
 import numpy as np
 
 from monolith_optax._rows.programs.jaxprs import Equation, type_of
+
+# Stands for 0 and -0, in any mixture.
+_EITHER_ZERO = object()
 
 
 class Constant:
@@ -27,12 +31,17 @@ class Constant:
         depths: list[int] = [operand._depth for operand in operands]
         self._depth: int = 1 + max(depths, default=0)
         if self._depth % 100 == 0:  # Python's stack has an end
-            _ = self.value
+            _ = self.found
 
     @functools.cached_property
+    def found(self) -> Any:
+        """The number, or what stands for a zero of any sign, or None."""
+        return self._find()
+
+    @property
     def value(self) -> Any:
         """The number, or None."""
-        return self._find()
+        return np.zeros(()) if self.found is _EITHER_ZERO else self.found
 
     def is_zero(self) -> bool:
         """Whether the number is known to be zero."""
@@ -68,19 +77,11 @@ def after(
 
     @functools.cache
     def find() -> list[Any]:
-        values = [operand.value for operand in operands]
-        decided = _decided(str(equation.primitive.name), values)
-        if decided is not None:
-            return [np.asarray(decided, type_of(equation.outvars[0]).dtype)]
-        if any(value is None for value in values):
-            return [None] * len(equation.outvars)
-        typed = [
-            np.asarray(value, type_of(operand).dtype)
-            for value, operand in zip(values, equation.invars, strict=True)
-        ]
-        # Constants may be computed where the user forbids transfers of data.
-        with jax.ensure_compile_time_eval(), jax.transfer_guard("allow"):
-            return [_common(np.asarray(result)) for result in evaluate(typed)]
+        found = [operand.found for operand in operands]
+        results = _evaluated(equation, found, evaluate)
+        if results[0] is None:
+            results[0] = _decided(str(equation.primitive.name), found)
+        return results
 
     def result(index: int) -> Constant:
         return Constant(lambda: find()[index], operands)
@@ -90,31 +91,62 @@ def after(
 
 def joined(alternatives: Sequence[Constant]) -> Constant:
     """What is known of a value that is one of several."""
-    return Constant(lambda: _same([each.value for each in alternatives]), alternatives)
+    return Constant(lambda: _same([each.found for each in alternatives]), alternatives)
 
 
-def _decided(name: str, values: list[Any]) -> Any:
+def _evaluated(
+    equation: Equation, found: list[Any], evaluate: Callable[[list[Any]], list[Any]]
+) -> list[Any]:
+    """The constants of results, of operands that are all known."""
+    count = len(equation.outvars)
+    if any(value is None for value in found):
+        return [None] * count
+    cases: list[list[Any]] = [[] for _ in range(count)]
+    signs = [(0.0, -0.0) if value is _EITHER_ZERO else (value,) for value in found]
+    for values in itertools.product(*signs):
+        typed = [
+            np.asarray(value, type_of(operand).dtype)
+            for value, operand in zip(values, equation.invars, strict=True)
+        ]
+        # Constants may be computed where the user forbids transfers of data.
+        with jax.ensure_compile_time_eval(), jax.transfer_guard("allow"):
+            results = [np.asarray(result).reshape(-1) for result in evaluate(typed)]
+        for case, result in zip(cases, results, strict=True):
+            case.extend(result)
+    return [_same(case) if case else None for case in cases]
+
+
+def _decided(name: str, found: list[Any]) -> Any:
     """The result where some operands decide it, whatever the others are."""
-    zeros = [value is not None and not value for value in values]
-    if name in ("mul", "and", "dot_general") and any(zeros):
-        return 0
-    if name == "div" and zeros[0]:
-        return 0
+    zeros = [
+        value is _EITHER_ZERO or (value is not None and not value) for value in found
+    ]
+    if name == "and" and any(zeros):
+        return np.zeros((), bool)
+    if (name in ("mul", "dot_general") and any(zeros)) or (name == "div" and zeros[0]):
+        return _EITHER_ZERO
     if name == "select_n":
-        chosen, *cases = values
+        chosen, *cases = found
         return _same(cases) if chosen is None else cases[int(chosen)]
     return None
 
 
-def _same(values: list[Any]) -> Any:
-    first, *others = values
-    if any(value is None for value in values) or any(v != first for v in others):
+def _same(values: Sequence[Any]) -> Any:
+    """The one number that all values are, if they are."""
+    if any(value is None for value in values):
         return None
+    plain = [0.0 if value is _EITHER_ZERO else value for value in values]
+    first = plain[0]
+    if any(value != first for value in plain):
+        return None
+    if not first and (
+        any(value is _EITHER_ZERO for value in values)
+        or len({_is_negative(value) for value in plain}) > 1
+    ):
+        return _EITHER_ZERO
     return first
 
 
-def _common(results: np.ndarray[Any, Any]) -> Any:
-    """The one number that all entries have, if they do."""
-    if results.size == 0 or (results != results.flat[0]).any():
-        return None
-    return results.flat[0]
+def _is_negative(zero: Any) -> bool:
+    """Whether a zero is -0."""
+    return bool(np.signbit(np.real(np.asarray(zero)).astype(float)))

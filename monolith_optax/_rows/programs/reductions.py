@@ -6,7 +6,7 @@ are masked here, and not only in the gradient: what their gathered slots hold ma
 become anything on the way.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -24,15 +24,18 @@ _EXTREMES = {
     "reduce_and": lax.bitwise_and,
     "reduce_or": lax.bitwise_or,
 }
+NAMES = frozenset({*_SUMS, *_EXTREMES, "dot_general"})
 
 
-def is_over_rows(equation: Equation) -> bool:
-    """Whether an equation reduces over the first axes of its operands."""
+def is_over_rows(equation: Equation, row_axes: int) -> bool:
+    """Whether an equation reduces over all row axes of its operands."""
     if equation.primitive.name == "dot_general":
         (left, right), _ = equation.params["dimension_numbers"]
-        return (0, 0) in zip(left, right, strict=True)
-    name = equation.primitive.name
-    return name in _SUMS | _EXTREMES and 0 in equation.params["axes"]
+        pairs = set(zip(left, right, strict=True))
+        return pairs >= {(axis, axis) for axis in range(row_axes)}
+    if equation.primitive.name not in NAMES:
+        return False
+    return set(equation.params["axes"]) >= set(range(row_axes))
 
 
 def reduce_rows(
@@ -46,17 +49,18 @@ def reduce_rows(
       elsewhere: what is known of them in rows without a gradient.
       table: the table.
     """
-    name = str(equation.primitive.name)
+    name, changed = str(equation.primitive.name), _of_one_axis(equation, table)
     if name == "dot_general":
         if not any(constant.is_zero() for constant in elsewhere):
             return None
         zeros = [np.zeros((), operand.dtype) for operand in rows]
-        return _only(bind(equation, list(map(table.mask, rows, zeros))))
+        masked = list(map(table.mask, rows, zeros))
+        return _only(bind(equation, masked, **changed))
     if elsewhere[0].value is None:
         return None
     [operand], constant = rows, elsewhere[0].value
     neutral = _neutral(name, operand.dtype)
-    result = _only(bind(equation, [table.mask(operand, neutral)]))
+    result = _only(bind(equation, [table.mask(operand, neutral)], **changed))
     if constant == neutral:
         return result
     if name in _SUMS:
@@ -64,6 +68,22 @@ def reduce_rows(
     all_touched = jnp.sum(table.valid) == table.num_rows
     with_others = _EXTREMES[name](result, jnp.full_like(result, constant))
     return jnp.where(all_touched, result, with_others)
+
+
+def _of_one_axis(equation: Equation, table: Table) -> dict[str, Any]:
+    """The parameters, where the row axes of the table are one."""
+    count = len(table.axes)
+
+    def moved(axes: Any) -> tuple[int, ...]:
+        others = tuple(axis - count + 1 for axis in axes if axis >= count)
+        return (0, *others) if len(others) < len(axes) else others
+
+    if equation.primitive.name != "dot_general":
+        return {"axes": moved(equation.params["axes"])}
+    # Rows come first in both operands.
+    contracted, batch = equation.params["dimension_numbers"]
+    numbers = tuple(map(moved, contracted)), tuple(map(moved, batch))
+    return {"dimension_numbers": numbers}
 
 
 def _only(results: list[jax.Array]) -> jax.Array:
@@ -77,7 +97,14 @@ def _neutral(name: str, dtype: Any) -> Any:
         return np.asarray(_SUMS.get(name, 0), dtype)
     if name == "reduce_and":
         return ~np.zeros((), dtype)
-    if jnp.issubdtype(dtype, jnp.inexact):
-        return np.asarray(-np.inf if name == "reduce_max" else np.inf, dtype)
-    limits = np.iinfo(dtype)
-    return np.asarray(limits.min if name == "reduce_max" else limits.max, dtype)
+    largest, numpy = name == "reduce_min", cast(Any, jnp)
+    if dtype == jnp.bool_:
+        return np.asarray(largest)
+    if not jnp.issubdtype(dtype, jnp.inexact):
+        limits = numpy.iinfo(dtype)
+        return np.asarray(limits.max if largest else limits.min, dtype)
+    infinity = np.asarray(np.inf if largest else -np.inf, dtype)
+    if np.isinf(infinity):
+        return infinity
+    limits = numpy.finfo(dtype)  # an 8-bit dtype without infinities
+    return np.asarray(limits.max if largest else limits.min, dtype)

@@ -1,176 +1,319 @@
 """Operations that keep the rows of a table apart.
 
 A rule says how to apply an equation to other numbers of rows than those of its arrays:
-to the rows of a batch, or to a single one. Row axes are the first ones throughout.
+to the rows of a batch, or to a single one. Row axes are the first ones throughout. A
+stack of tables has several, which are a single axis in the rows of a batch.
 """
 
+import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
 
 from monolith_optax._rows.programs.jaxprs import Equation, bind, type_of
-from monolith_optax._shardings import without_row_axis
+from monolith_optax._rows.programs.primitives import ELEMENTWISE as ELEMENTWISE
+from monolith_optax._rows.programs.primitives import MAKERS
+from monolith_optax._shardings import without_row_axes
 
 
-class Plan(NamedTuple):
+@dataclass(frozen=True)
+class Plan:
     """How to apply an equation to some rows.
 
     Attributes:
       equation: the equation.
       by_row: which operands must have a row axis; the others are whole.
-      sizes: the parameters that speak of the number of rows, for such a number.
+      sizes: the parameters that speak of rows or axes, for a number of rows.
+      row_axes: how many axes of the equation's arrays are rows.
     """
 
     equation: Equation
     by_row: list[bool]
     sizes: Callable[[int], dict[str, Any]] = lambda _: {}
+    row_axes: int = 1
 
     def apply(self, num_rows: int, operands: Sequence[Any]) -> list[Any]:
         """The rows of the results, for as many rows of the operands."""
         # Shardings in a program are those of whole tables, rows of a batch have none.
         shardings = {
-            name: without_row_axis(self.equation.params[name])
+            name: without_row_axes(self.equation.params[name], self.row_axes)
             for name in ("sharding", "out_sharding", "dst_sharding")
             if self.equation.params.get(name) is not None
         }
+        if self.row_axes > 1 and self.equation.primitive.name in _BROADCASTING:
+            operands = [
+                operand if row else self._with_one_row_axis(operand)
+                for row, operand in zip(self.by_row, operands, strict=True)
+            ]
         return bind(self.equation, operands, **shardings | self.sizes(num_rows))
 
+    def _with_one_row_axis(self, operand: Any) -> Any:
+        """A whole operand whose row axes all have the length 1, if it has any."""
+        shape = jnp.shape(operand)
+        ones = len(shape) >= self.row_axes and math.prod(shape[: self.row_axes]) == 1
+        return operand.reshape(1, *shape[self.row_axes :]) if ones else operand
 
-def plan(equation: Equation, by_row: Sequence[bool]) -> Plan | None:
+
+_BROADCASTING = ELEMENTWISE | {"broadcast_in_dim"}
+
+
+def plan(equation: Equation, by_row: Sequence[bool], row_axes: int = 1) -> Plan | None:
     """How to apply an equation whose operands have row axes, unless it mixes rows.
 
     Args:
       equation: the equation.
-      by_row: which operands have a row axis. None need have one if the equation
-        makes rows that do not depend on each other, like a broadcast.
+      by_row: which operands have row axes. None need have them if the equation makes
+        rows that do not depend on each other, like a broadcast.
+      row_axes: how many of their first axes are rows.
     """
     name = str(equation.primitive.name)
     if name in ELEMENTWISE:
-        return _elementwise(equation, list(by_row))
-    return RULES[name](equation, list(by_row)) if name in RULES else None
+        return _elementwise(equation, list(by_row), row_axes)
+    if name not in RULES or not equation.outvars:
+        return None
+    return RULES[name](equation, list(by_row), row_axes)
 
 
-def needs_no_rows(equation: Equation) -> bool:
-    """Whether an equation with a plan also has one for operands without rows."""
-    makes_rows = ("broadcast_in_dim", "iota", "random_bits")
-    return equation.primitive.name in ELEMENTWISE.union(makes_rows)
+def makes_rows(equation: Equation, row_axes: int = 1) -> bool:
+    """Whether an equation makes rows that do not depend on each other, from nothing.
 
-
-ELEMENTWISE = frozenset(
-    {"abs", "acos", "acosh", "add", "add_any", "and", "asin", "asinh", "atan", "atan2"}
-    | {"atanh", "bessel_i0e", "bessel_i1e", "bitcast_convert_type", "cbrt", "ceil"}
-    | {"clamp", "clz", "complex", "conj", "convert_element_type", "copy", "copy_p"}
-    | {"cos", "cosh", "digamma", "div", "eq", "erf", "erf_inv", "erfc", "exp", "exp2"}
-    | {"expm1", "floor", "ge", "gt", "igamma", "igamma_grad_a", "igammac", "imag"}
-    | {"integer_pow", "is_finite", "le", "lgamma", "log", "log1p", "log2", "logistic"}
-    | {"lt", "max", "min", "mul", "name", "ne", "neg", "nextafter", "not", "or"}
-    | {"one_minus_square", "optimization_barrier", "pcast", "polygamma", "polynomial"}
-    | {"population_count", "pow", "pvary", "real", "reduce_precision", "rem", "reshard"}
-    | {"round", "rsqrt", "select_n", "shift_left", "shift_right_arithmetic", "sign"}
-    | {"shift_right_logical", "sin", "sinh", "sqrt", "square", "stop_gradient", "sub"}
-    | {"tan", "tanh", "xor", "zeta"}
-)
+    What it makes them of has no row axes.
+    """
+    if equation.primitive.name not in MAKERS:
+        return False
+    return plan(equation, [False] * len(equation.invars), row_axes) is not None
 
 
 def _shapes(equation: Equation) -> list[tuple[int, ...]]:
     return [type_of(operand).shape for operand in equation.invars]
 
 
-def _elementwise(equation: Equation, by_row: list[bool]) -> Plan | None:
+def _later(axes: Sequence[int], count: int) -> tuple[int, ...]:
+    """Axes that come after those of rows, once these are one."""
+    return tuple(axis - count + 1 for axis in axes)
+
+
+def _elementwise(equation: Equation, by_row: list[bool], count: int) -> Plan | None:
     """Operands have the shape of the results, but may have axes of 1, or none."""
     shapes = {type_of(result).shape for result in equation.outvars}
     if len(shapes) != 1:
         return None
     [shape] = shapes
-    for operand in filter(None, _shapes(equation)):
+    axes = shape[:count]
+    needed = []
+    for operand, row in zip(_shapes(equation), by_row, strict=True):
         if any(a not in (1, b) for a, b in zip(operand, shape, strict=False)):
             return None
-    needed = [bool(operand) and operand[0] == shape[0] for operand in _shapes(equation)]
-    return Plan(equation, needed) if _all_in(by_row, needed) else None
-
-
-def _all_in(by_row: list[bool], needed: list[bool]) -> bool:
-    return all(need or not row for row, need in zip(by_row, needed, strict=True))
-
-
-def _along_columns(equation: Equation, by_row: list[bool]) -> Plan | None:
-    """Reductions of each row by itself."""
-    return None if 0 in equation.params["axes"] else Plan(equation, by_row)
-
-
-def _broadcast_in_dim(equation: Equation, by_row: list[bool]) -> Plan | None:
-    shape = equation.params["shape"]
-    axes = equation.params["broadcast_dimensions"]
-    from_rows = bool(axes) and axes[0] == 0 and _shapes(equation)[0][0] == shape[0]
-    if not shape or by_row[0] != from_rows:
+        first = operand[:count]
+        if row and first != axes:
+            return None
+        needed.append(first == axes != () or any(size != 1 for size in first))
+    if len(axes) < count and any(needed):
         return None
-    return Plan(equation, by_row, lambda num_rows: {"shape": (num_rows, *shape[1:])})
+    return Plan(equation, needed, row_axes=count)
 
 
-def _concatenate(equation: Equation, by_row: list[bool]) -> Plan | None:
-    if equation.params["dimension"] == 0:
+def _broadcast_in_dim(
+    equation: Equation, by_row: list[bool], count: int
+) -> Plan | None:
+    shape, [before] = equation.params["shape"], _shapes(equation)
+    axes = tuple(equation.params["broadcast_dimensions"])
+    has_rows = axes[:count] == tuple(range(count)) and before[:count] == shape[:count]
+    if len(shape) < count or by_row[0] != has_rows:
         return None
-    return Plan(equation, [True] * len(by_row))
-
-
-def _dot_general(equation: Equation, by_row: list[bool]) -> Plan | None:
-    contracted, batch = equation.params["dimension_numbers"]
-    if batch[0] and batch[0][0] == batch[1][0] == 0:  # rows are a batch of products
-        return Plan(equation, [True, True])
-    if batch[0] or all(by_row) or not any(by_row):
+    on_rows = axes[:count] == tuple(range(count))
+    if not on_rows and any(axis < count for axis in axes):
         return None
-    is_vector = len(contracted[0]) == len(_shapes(equation)[0])
-    if by_row[1] and not is_vector:
-        return None  # the first axes would be those of the other operand
-    return None if 0 in contracted[by_row.index(True)] else Plan(equation, by_row)
-
-
-def _made(equation: Equation, by_row: list[bool]) -> Plan | None:
-    """Numbers that come from nowhere: random bits, and indices of columns."""
-    shape = equation.params["shape"]
-    if any(by_row) or not shape or equation.params.get("dimension") == 0:
-        return None
-    return Plan(equation, by_row, lambda num_rows: {"shape": (num_rows, *shape[1:])})
-
-
-def _reshape(equation: Equation, by_row: list[bool]) -> Plan | None:
-    shape, [before] = equation.params["new_sizes"], _shapes(equation)
-    if not shape or shape[0] != before[0] or equation.params["dimensions"] is not None:
-        return None
+    needed = on_rows and (has_rows or math.prod(before[:count]) != 1)
+    moved = (0, *_later(axes[count:], count)) if on_rows else _later(axes, count)
     return Plan(
-        equation, by_row, lambda num_rows: {"new_sizes": (num_rows, *shape[1:])}
+        equation,
+        [needed],
+        lambda num_rows: {
+            "shape": (num_rows, *shape[count:]),
+            "broadcast_dimensions": moved,
+        },
+        count,
     )
 
 
-def _slice(equation: Equation, by_row: list[bool]) -> Plan | None:
+def _of_axes(name: str) -> "Rule":
+    """Operations along axes of which none is one of rows, such as a row's sum."""
+
+    def rule(equation: Equation, by_row: list[bool], count: int) -> Plan | None:
+        given = equation.params[name]
+        axes = (given,) if isinstance(given, int) else tuple(given)
+        if any(axis < count for axis in axes):
+            return None
+        moved = _later(axes, count)
+        new = moved[0] if isinstance(given, int) else moved
+        needed = [any(by_row)] * len(by_row)
+        return Plan(equation, needed, lambda _: {name: new}, count)
+
+    return rule
+
+
+def _joined(name: str) -> "Rule":
+    """Operands side by side: all of them need rows."""
+
+    def rule(equation: Equation, by_row: list[bool], count: int) -> Plan | None:
+        found = _of_axes(name)(equation, [True] * len(by_row), count)
+        return found if any(by_row) else None
+
+    return rule
+
+
+def _dot_general(equation: Equation, by_row: list[bool], count: int) -> Plan | None:
+    contracted, batch = equation.params["dimension_numbers"]
+    rows = tuple(range(count))
+
+    def moved(axes: Sequence[int]) -> tuple[int, ...]:
+        return _later(axes, count)
+
+    if tuple(batch[0][:count]) == tuple(batch[1][:count]) == rows:
+        # Rows are a batch of products.
+        numbers = (
+            tuple(map(moved, contracted)),
+            tuple((0, *moved(axes[count:])) for axes in batch),
+        )
+        needed = [True, True]
+    else:
+        if batch[0] or all(by_row) or not any(by_row):
+            return None
+        is_vector = len(contracted[0]) == len(_shapes(equation)[0])
+        if by_row[1] and not is_vector:
+            return None  # the first axes would be those of the other operand
+        if any(axis < count for axis in contracted[by_row.index(True)]):
+            return None
+        needed = by_row
+        of_operands = zip(contracted, by_row, strict=True)
+        numbers = (
+            tuple(moved(axes) if row else tuple(axes) for axes, row in of_operands),
+            ((), ()),
+        )
+    return Plan(equation, needed, lambda _: {"dimension_numbers": numbers}, count)
+
+
+def _iota(equation: Equation, by_row: list[bool], count: int) -> Plan | None:
+    """Indices of columns."""
+    shape, axis = equation.params["shape"], equation.params["dimension"]
+    if any(by_row) or axis < count:
+        return None
+    return Plan(
+        equation,
+        by_row,
+        lambda num_rows: {
+            "shape": (num_rows, *shape[count:]),
+            "dimension": axis - count + 1,
+        },
+        count,
+    )
+
+
+def _random_bits(equation: Equation, by_row: list[bool], count: int) -> Plan | None:
+    """Bits of one key for all rows, or of a key for each."""
+    shape, [keys] = equation.params["shape"], _shapes(equation)
+    if keys:
+        return Plan(equation, by_row, row_axes=count) if by_row[0] else None
+    if len(shape) < count:
+        return None
+    return Plan(
+        equation, by_row, lambda num_rows: {"shape": (num_rows, *shape[count:])}, count
+    )
+
+
+def _reshape(equation: Equation, by_row: list[bool], count: int) -> Plan | None:
+    shape, before = equation.params["new_sizes"], _shapes(equation)[0]
+    if len(shape) < count or shape[:count] != before[:count]:
+        return None
+    if equation.params["dimensions"] is not None or not any(by_row):
+        return None
+    return Plan(
+        equation,
+        by_row,
+        lambda num_rows: {"new_sizes": (num_rows, *shape[count:])},
+        count,
+    )
+
+
+def _slice(equation: Equation, by_row: list[bool], count: int) -> Plan | None:
     start, limit = equation.params["start_indices"], equation.params["limit_indices"]
     strides, [shape] = equation.params["strides"], _shapes(equation)
-    if start[0] != 0 or limit[0] != shape[0] or (strides and strides[0] != 1):
+    steps = tuple(strides or [1] * len(shape))
+    if any(start[:count]) or limit[:count] != shape[:count]:
+        return None
+    if any(step != 1 for step in steps[:count]):
         return None
     return Plan(
-        equation, by_row, lambda num_rows: {"limit_indices": (num_rows, *limit[1:])}
+        equation,
+        by_row,
+        lambda num_rows: {
+            "start_indices": (0, *start[count:]),
+            "limit_indices": (num_rows, *limit[count:]),
+            "strides": strides and (1, *steps[count:]),
+        },
+        count,
     )
 
 
-def _squeeze(equation: Equation, by_row: list[bool]) -> Plan | None:
-    return None if 0 in equation.params["dimensions"] else Plan(equation, by_row)
+def _pad(equation: Equation, by_row: list[bool], count: int) -> Plan | None:
+    """Columns beside those of the first operand; the second is one number."""
+    config = tuple(equation.params["padding_config"])
+    if by_row[1] or any(any(sizes) for sizes in config[:count]):
+        return None
+    moved = ((0, 0, 0), *config[count:])
+    return Plan(equation, by_row, lambda _: {"padding_config": moved}, count)
 
 
-def _transpose(equation: Equation, by_row: list[bool]) -> Plan | None:
-    kept = equation.params["permutation"][:1] == (0,)
-    return Plan(equation, by_row) if kept else None
+def _tile(equation: Equation, by_row: list[bool], count: int) -> Plan | None:
+    repeats = tuple(equation.params["reps"])
+    if any(times != 1 for times in repeats[:count]):
+        return None
+    moved = (1, *repeats[count:])
+    return Plan(equation, by_row, lambda _: {"reps": moved}, count)
 
 
-RULES: dict[str, Callable[[Equation, list[bool]], Plan | None]] = {
-    **dict.fromkeys(("reduce_sum", "reduce_prod", "reduce_max"), _along_columns),
-    **dict.fromkeys(("reduce_min", "reduce_and", "reduce_or"), _along_columns),
-    **dict.fromkeys(("reduce_xor", "argmax", "argmin"), _along_columns),
+def _top_k(equation: Equation, by_row: list[bool], count: int) -> Plan | None:
+    last = len(_shapes(equation)[0]) - 1
+    axis = equation.params.get("axis", last)
+    if axis < count:
+        return None
+    moved = {"axis": axis - count + 1} if "axis" in equation.params else {}
+    return Plan(equation, by_row, lambda _: moved, count)
+
+
+def _transpose(equation: Equation, by_row: list[bool], count: int) -> Plan | None:
+    permutation = tuple(equation.params["permutation"])
+    if permutation[:count] != tuple(range(count)):
+        return None
+    moved = (0, *_later(permutation[count:], count))
+    return Plan(equation, by_row, lambda _: {"permutation": moved}, count)
+
+
+Rule = Callable[[Equation, list[bool], int], Plan | None]
+
+RULES: dict[str, Rule] = {
+    **dict.fromkeys(("reduce_sum", "reduce_prod", "reduce_max"), _of_axes("axes")),
+    **dict.fromkeys(("reduce_min", "reduce_and", "reduce_or"), _of_axes("axes")),
+    **dict.fromkeys(("reduce_xor", "argmax", "argmin"), _of_axes("axes")),
+    **dict.fromkeys(("cumsum", "cumprod", "cummax", "cummin"), _of_axes("axis")),
     "broadcast_in_dim": _broadcast_in_dim,
-    "concatenate": _concatenate,
+    "concatenate": _joined("dimension"),
+    "cumlogsumexp": _of_axes("axis"),
     "dot_general": _dot_general,
-    "iota": _made,
-    "random_bits": _made,
+    "iota": _iota,
+    "pad": _pad,
+    "random_bits": _random_bits,
     "reshape": _reshape,
+    "rev": _of_axes("dimensions"),
     "slice": _slice,
-    "squeeze": _squeeze,
+    "sort": _of_axes("dimension"),
+    "split": _of_axes("axis"),
+    "squeeze": _of_axes("dimensions"),
+    "stack": _joined("axis"),
+    "tile": _tile,
+    "top_k": _top_k,
     "transpose": _transpose,
 }

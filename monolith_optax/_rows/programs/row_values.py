@@ -1,11 +1,13 @@
 """The values that a step on some rows of tables computes with."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
+from monolith_optax._rows.programs import jaxprs, row_rules
 from monolith_optax._rows.programs.jaxprs import Equation, Program, source_line
 from monolith_optax._rows.programs.known_constants import UNKNOWN, Constant
 from monolith_optax._rows.slices.row_access import Table
@@ -39,7 +41,7 @@ class Whole:
 
     def at(self, table: Table | None) -> Any:
         """The rows of a table's batch; or all there are."""
-        return self.array if table is None else table.gather(self.array)
+        return self.array if table is None else table.gather_any(self.array)
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,25 +62,122 @@ class Rows:
 
 
 @dataclass(frozen=True, eq=False)
-class Pending:
+class Later:
     """As many rows as a table has, not made before it is known where they are needed.
 
-    `make` makes them at the positions of a table's batch, or all of them. `constant` is
-    what is known of all of their entries.
+    `constant` is what is known of all of their entries.
     """
 
-    make: Callable[[Table | None, dict[Any, Any]], Any]
-    constant: Constant = UNKNOWN
+    constant: Constant = field(default=UNKNOWN, kw_only=True)
 
-    def at(self, table: Table | None, made: dict[Any, Any] | None = None) -> Any:
+    def needs(self, table: Table | None) -> "list[tuple[Value, Table | None]]":
+        """What the rows are made of, and of what table's batch; None: all there are."""
+        del table
+        return []
+
+    def make(self, table: Table | None, operands: list[Any]) -> Any:
+        """The rows of a table's batch, or all there are, from what they need."""
+        raise NotImplementedError
+
+    def at(self, table: Table | None) -> Any:
         """The rows of a table's batch; or all there are."""
-        made = {} if made is None else made
-        if self not in made:
-            made[self] = self.make(table, made)
-        return made[self]
+        # Without recursion: a chain of operations may be longer than Python's stack.
+        made: dict[tuple[Later, Table | None], Any] = {}
+        left: list[tuple[Later, Table | None]] = [(self, table)]
+        while left:
+            value, where = left[-1]
+            needed = value.needs(where)
+            missing = [
+                (operand, there)
+                for operand, there in needed
+                if isinstance(operand, Later) and (operand, there) not in made
+            ]
+            if missing:
+                left += missing
+                continue
+            left.pop()
+            if (value, where) not in made:
+                operands = [
+                    made[operand, there]
+                    if isinstance(operand, Later)
+                    else operand.at(there)
+                    for operand, there in needed
+                ]
+                made[value, where] = value.make(where, operands)
+        return made[self, table]
 
 
-Value = Whole | Rows | Pending
+@dataclass(frozen=True, eq=False)
+class Given(Later):
+    """The rows of an array that is there, of which those of a batch may be enough."""
+
+    array: Any
+
+    def make(self, table: Table | None, operands: list[Any]) -> Any:
+        """The rows of a table's batch, or all there are."""
+        del operands
+        return Whole(self.array).at(table)
+
+
+@dataclass(frozen=True, eq=False)
+class Made(Later):
+    """A result of an equation that keeps rows apart, or makes them from nothing."""
+
+    equation: Equation
+    operands: "Sequence[Value]"
+    index: int
+    _drawn_for: list[Table | None] = field(default_factory=list)
+
+    def needs(self, table: Table | None) -> "list[tuple[Value, Table | None]]":
+        """The operands, of all rows if the equation does not keep this table's."""
+        plan = self._plan(table)
+        by_row = plan.by_row if plan else [False] * len(self.operands)
+        return [
+            (operand, table if row else None)
+            for operand, row in zip(self.operands, by_row, strict=True)
+        ]
+
+    def make(self, table: Table | None, operands: list[Any]) -> Any:
+        """The rows of a table's batch, or all there are, from its operands."""
+        if self.equation.primitive.name == "random_bits" and not np.ndim(operands[0]):
+            self._draw(table)
+        plan = self._plan(table)
+        if plan and table:
+            return plan.apply(table.batch_size, operands)[self.index]
+        return Whole(jaxprs.bind(self.equation, operands)[self.index]).at(table)
+
+    def _plan(self, table: Table | None) -> row_rules.Plan | None:
+        if table is None:
+            return None
+        by_row = [isinstance(operand, Later) for operand in self.operands]
+        return row_rules.plan(self.equation, by_row, len(table.axes))
+
+    def _draw(self, table: Table | None) -> None:
+        """Refuses to draw numbers for one table that were drawn for another."""
+        self._drawn_for.append(table)
+        if any(other is not table for other in self._drawn_for):
+            names = " and ".join(
+                each.name if each else "all rows"
+                for each in (table, self._drawn_for[0])
+            )
+            raise MixesRowsError(
+                f"the noise of {source_line(self.equation)} belongs to {names} at once"
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class Chosen(Later):
+    """Rows that a function makes, such as those of a branch of a conditional."""
+
+    choose: Callable[[Table | None], Any]
+
+    def make(self, table: Table | None, operands: list[Any]) -> Any:
+        """The rows of a table's batch, or all there are."""
+        del operands
+        return self.choose(table)
+
+
+Value = Whole | Rows | Later
 
 Run = Callable[[Program, Sequence[Value]], list[Value]]
 
@@ -90,24 +189,16 @@ class Kind(NamedTuple):
     table: Table | None
     constant: Constant
 
+    @property
+    def is_later(self) -> bool:
+        """Whether it is rows that are not made yet."""
+        return issubclass(self.type, Later)
 
-def kinds(run: Run, programs: Sequence[Program], operands: list[Value]) -> list[Any]:
-    """The kinds of the results of each of some programs."""
-    found: list[list[Kind]] = []
 
-    def abstractly() -> None:
-        for program in programs:
-            results = run(program, operands)
-            tables = [v.table if isinstance(v, Rows) else None for v in results]
-            found.append(
-                [
-                    Kind(type(value), table, value.constant)
-                    for value, table in zip(results, tables, strict=True)
-                ]
-            )
-
-    jax.eval_shape(abstractly)
-    return found
+def kind(value: Value) -> Kind:
+    """The kind of a value."""
+    table = value.table if isinstance(value, Rows) else None
+    return Kind(type(value), table, value.constant)
 
 
 def common_table(
@@ -118,7 +209,7 @@ def common_table(
     Raises:
       MixesRowsError: there are rows of several tables.
     """
-    found = [v.table for v in values if not isinstance(v, Whole | Pending)]
+    found = [v.table for v in values if not isinstance(v, Whole | Later)]
     tables = list(dict.fromkeys(table for table in found if table is not None))
     if len(tables) > 1:
         raise MixesRowsError(

@@ -8,33 +8,54 @@ table. Any other one needs the whole table, and is an error, unless it is a redu
 which rows without a gradient add nothing.
 """
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import lax
 
-from monolith_optax._rows.programs import jaxprs, known_constants, row_rules
-from monolith_optax._rows.programs.conditionals import run_cond
+from monolith_optax._rows.programs import (
+    jaxprs,
+    known_constants,
+    primitives,
+    reductions,
+    row_rules,
+)
 from monolith_optax._rows.programs.custom_rules import run_with_derivatives
 from monolith_optax._rows.programs.jaxprs import Equation, Program
-from monolith_optax._rows.programs.reductions import is_over_rows, reduce_rows
 from monolith_optax._rows.programs.row_values import (
+    Chosen,
+    Given,
+    Kind,
+    Later,
+    Made,
     MixesRowsError,
-    Pending,
     Rows,
     Value,
     Whole,
     common_table,
+    kind,
+    known_as,
 )
 from monolith_optax._rows.slices.row_access import Table
+
+# Where a program stands inside others: equations, and numbers of their branches.
+Path = tuple[tuple[Equation, int], ...]
 
 
 class Runner:
     """Runs programs on the rows of some tables."""
 
     def __init__(self, tables: Sequence[Table]) -> None:
-        self._lengths = {table.num_rows for table in tables}
-        self._claims: dict[Any, tuple[Table | None, str]] = {}
+        self._axes = list(dict.fromkeys(table.axes for table in tables))
+        # The kinds of results of the programs in an equation, and the equations that
+        # lead there, by their identity.
+        self._kinds: dict[tuple[Any, ...], tuple[Path, list[list[Kind]]]] = {}
+        self._path: Path = ()
+        self._only_kinds = False
 
     def run(self, program: Program, operands: Sequence[Value]) -> list[Value]:
         """The results of a program."""
@@ -42,31 +63,17 @@ class Runner:
 
     def whole(self, array: Any) -> Value:
         """An array of which, if it is as long as a table, rows may be all we need."""
-        if jnp.ndim(array) == 0 or len(array) not in self._lengths:
-            return Whole(array, known_constants.literal(array))
-        return Pending(lambda table, _: Whole(array).at(table))
+        if self._as_long(np.shape(array)):
+            return Given(array)
+        return Whole(array, known_constants.literal(array))
 
-    def slot(self, array: Any, name: str) -> Value:
-        """A leaf of the state, which is that table's with whose rows it is combined."""
-        if jnp.ndim(array) == 0 or len(array) not in self._lengths:
-            return Whole(array)
-
-        def make(table: Table | None, _: Any) -> Any:
-            if table is not None:
-                self._claim(name, table, f"the state's {name}")
-            return Whole(array).at(table)
-
-        return Pending(make)
-
-    def owner(self, name: str) -> Table | None:
-        """The table with whose rows a leaf of the state was combined, if with any."""
-        return self._claims.get(name, (None, ""))[0]
-
-    def _claim(self, key: Any, table: Table | None, what: str) -> None:
-        owner, _ = self._claims.setdefault(key, (table, what))
-        if owner is not table:
-            names = " and ".join(t.name if t else "all rows" for t in (owner, table))
-            raise MixesRowsError(f"{what} belongs to {names} at once")
+    def _as_long(self, *shapes: tuple[int, ...]) -> list[tuple[int, ...]]:
+        """The row axes of tables that arrays of all of these shapes have."""
+        return [
+            axes
+            for axes in self._axes
+            if all(shape[: len(axes)] == axes for shape in shapes)
+        ]
 
     def _step(self, equation: Equation, operands: list[Value]) -> Sequence[Value]:
         name = str(equation.primitive.name)
@@ -74,118 +81,237 @@ class Runner:
             program = jaxprs.called_program(equation)
             assert program is not None
             try:
-                return self.run(program, operands)
+                return self._inside(equation, 0, program, operands)
             except MixesRowsError as error:
                 error.equations.append(equation)
                 raise
         by_row = any(not isinstance(value, Whole) for value in operands)
-        if name in _HINTS and by_row:
+        if name in primitives.HINTS and by_row:
             return operands
-        if name in _WITH_PROGRAMS and by_row:
-            return _WITH_PROGRAMS[name](self.run, equation, operands)
+        if name == "cond" and by_row:
+            return self._cond(equation, operands)
         table = common_table(equation, operands)
         if table is None:
             return self._without_rows(equation, operands)
+        if name in jaxprs.CUSTOM_DERIVATIVES:
+            return self._with_derivatives(equation, operands, table)
         return self._on_rows(equation, operands, table)
 
     def _on_rows(
         self, equation: Equation, operands: list[Value], table: Table
     ) -> Sequence[Value]:
-        known = [value.constant for value in operands]
-        plan = row_rules.plan(equation, [isinstance(value, Rows) for value in operands])
+        known, count = [value.constant for value in operands], len(table.axes)
+        by_row = [isinstance(value, Rows) for value in operands]
+        plan = row_rules.plan(equation, by_row, count)
         if plan is not None:
-            results = plan.apply(table.batch_size, _arrays(plan, operands, table))
+            arrays = [
+                value.at(table if row else None)
+                for row, value in zip(plan.by_row, operands, strict=True)
+            ]
+            results = plan.apply(table.batch_size, arrays)
             after = known_constants.after(equation, known, _evaluation(plan))
             return [
                 Rows(array, table, constant)
                 for array, constant in zip(results, after, strict=True)
             ]
-        if is_over_rows(equation):
+        if reductions.is_over_rows(equation, count):
             rows = [value.at(table) for value in operands]
-            result = reduce_rows(equation, rows, known, table)
+            result = reductions.reduce_rows(equation, rows, known, table)
             if result is not None:
                 return [Whole(result)]
-        raise MixesRowsError(
-            f"needs rows of {table.name} that the batch does not look up", equation
-        )
+        raise MixesRowsError(_why_not(equation, table), equation)
 
     def _without_rows(
         self, equation: Equation, operands: list[Value]
     ) -> Sequence[Value]:
-        plan = row_rules.plan(
-            equation, [isinstance(value, Pending) for value in operands]
-        )
-        if plan is None or not (any(plan.by_row) or row_rules.needs_no_rows(equation)):
-            return list(map(Whole, _bind_whole(equation, operands)))
+        by_row = [isinstance(value, Later) for value in operands]
+        plans = self._plans(equation, by_row)
+        if not plans:
+            return self._whole_results(equation, operands)
         known = [value.constant for value in operands]
-        after = known_constants.after(equation, known, _evaluation(plan))
-        if self._as_long_as_a_table(equation, plan, operands):
-            return [
-                Pending(self._maker(plan, operands, index), constant)
-                for index, constant in enumerate(after)
-            ]
-        return list(map(Whole, _bind_whole(equation, operands), after))
-
-    def _as_long_as_a_table(
-        self, equation: Equation, plan: row_rules.Plan, operands: list[Value]
-    ) -> bool:
+        after = known_constants.after(equation, known, _evaluation(plans[0]))
         if any(
-            row and isinstance(value, Whole)
-            for row, value in zip(plan.by_row, operands, strict=True)
-        ):
-            return False  # a whole array is already there, and so is the result
+            isinstance(value, Whole) and self._as_long(np.shape(value.array))
+            for value in operands
+        ):  # a whole array is already there, and so is the result
+            return list(map(Whole, _bind_whole(equation, operands), after))
+        return [
+            Made(equation, operands, index, constant=constant)
+            for index, constant in enumerate(after)
+        ]
+
+    def _plans(self, equation: Equation, by_row: list[bool]) -> list[row_rules.Plan]:
+        """Ways to make results that are as long as tables of rows, or from nothing."""
         shapes = [jaxprs.type_of(out).shape for out in equation.outvars]
-        return all(shape and shape[0] in self._lengths for shape in shapes)
+        found = [
+            row_rules.plan(equation, by_row, len(axes))
+            for axes in (self._as_long(*shapes) if shapes else [])
+        ]
+        return [
+            plan
+            for plan in found
+            if plan
+            and (any(plan.by_row) or row_rules.makes_rows(equation, plan.row_axes))
+        ]
 
-    def _maker(
-        self, plan: row_rules.Plan, operands: list[Value], index: int
-    ) -> Callable[[Table | None, dict[Any, Any]], Any]:
-        noise = object()
+    def _whole_results(
+        self, equation: Equation, operands: list[Value]
+    ) -> Sequence[Value]:
+        arrays = _bind_whole(equation, operands)
+        name, [*shapes] = equation.primitive.name, map(jnp.shape, arrays)
+        if name in primitives.ELEMENTWISE or row_rules.makes_rows(equation):
+            plan = row_rules.plan(equation, [False] * len(operands))
+            known = [value.constant for value in operands]
+            if plan is not None:
+                after = known_constants.after(equation, known, _evaluation(plan))
+                return list(map(Whole, arrays, after))
+        is_there = any(
+            isinstance(value, Whole) and self._as_long(np.shape(value.array))
+            for value in operands
+        )
+        return [
+            Given(array) if self._as_long(shape) and not is_there else Whole(array)
+            for array, shape in zip(arrays, shapes, strict=True)
+        ]
 
-        def make(table: Table | None, made: dict[Any, Any]) -> Any:
-            if plan.equation.primitive.name == "random_bits":
-                line = jaxprs.source_line(plan.equation)
-                self._claim(noise, table, f"the noise of {line}")
-            arrays = _arrays(plan, operands, table, made)
-            if table is None:
-                return jaxprs.bind(plan.equation, arrays)[index]
-            return plan.apply(table.batch_size, arrays)[index]
+    def _cond(self, equation: Equation, operands: list[Value]) -> Sequence[Value]:
+        """Runs that branch of a `cond` which its index chooses.
 
-        return make
+        A result is rows of a table where it is that in one branch at least; the other
+        branches then give the rows at the same positions.
+        """
+        index, *others = operands
+        path, programs = self._path, jaxprs.branches(equation)
+
+        def run(which: int) -> list[Value]:
+            with self._at(path):
+                return self._inside(equation, which, programs[which], others)
+
+        if self._only_kinds:
+            results = list(map(run, range(len(programs))))
+            self._keep(equation, results)
+        else:
+            self._find_kinds(equation, lambda: self._cond(equation, operands))
+
+        def switch(take: Callable[[list[Value]], Any]) -> Any:
+            if self._only_kinds:
+                return take(results[0])
+            branches = [lambda which=w: take(run(which)) for w in range(len(programs))]
+            return lax.switch(index.at(None), branches)
+
+        by_result = list(zip(*self._kinds_in(equation), strict=True))
+        tables = [common_table(equation, each) for each in by_result]
+        known = [
+            known_constants.joined([k.constant for k in each]) for each in by_result
+        ]
+        later = [all(kind.is_later for kind in each) for each in by_result]
+        ready = [i for i, is_later in enumerate(later) if not is_later]
+        take_ready = lambda values: [values[i].at(tables[i]) for i in ready]  # noqa: E731
+        arrays = iter(switch(take_ready) if ready else [])
+
+        def result(i: int) -> Value:
+            if not later[i]:
+                return known_as(next(arrays), tables[i], known[i])
+            choose = lambda table: switch(lambda values: values[i].at(table))  # noqa: E731
+            return Chosen(choose, constant=known[i])
+
+        return list(map(result, range(len(by_result))))
+
+    def _with_derivatives(
+        self, equation: Equation, operands: list[Value], table: Table
+    ) -> Sequence[Value]:
+        """Runs a `custom_jvp` or `custom_vjp` function so that it keeps its rule."""
+        program = jaxprs.called_program(equation)
+        assert program is not None
+        operands = [
+            Rows(value.at(table), table, value.constant)
+            if isinstance(value, Later)
+            else value
+            for value in operands
+        ]
+        if self._only_kinds:
+            results = self._inside(equation, 0, program, operands)
+            self._keep(equation, [results])
+            return results
+        self._find_kinds(
+            equation, lambda: self._with_derivatives(equation, operands, table)
+        )
+        [kinds] = self._kinds_in(equation)
+        path = self._path
+
+        def run(program: Program, operands: Sequence[Value]) -> list[Value]:
+            with self._at(path):
+                return self._inside(equation, 0, program, operands)
+
+        return run_with_derivatives(run, equation, operands, kinds)
+
+    def _inside(
+        self,
+        equation: Equation,
+        which: int,
+        program: Program,
+        operands: Sequence[Value],
+    ) -> list[Value]:
+        """Runs one of the programs in an equation."""
+        with self._at((*self._path, (equation, which))):
+            return self.run(program, operands)
+
+    @contextlib.contextmanager
+    def _at(self, path: Path) -> Iterator[None]:
+        before, self._path = self._path, path
+        try:
+            yield
+        finally:
+            self._path = before
+
+    def _find_kinds(self, equation: Equation, run: Callable[[], Any]) -> None:
+        """Runs an equation's programs for the kinds of their results, but once only."""
+        if self._key(equation) in self._kinds:
+            return
+
+        def abstractly() -> None:
+            run()
+
+        self._only_kinds = True
+        try:
+            jax.eval_shape(abstractly)
+        finally:
+            self._only_kinds = False
+
+    def _keep(self, equation: Equation, results: list[list[Value]]) -> None:
+        kinds = [list(map(kind, each)) for each in results]
+        path = (*self._path, (equation, 0))
+        self._kinds[self._key(equation)] = path, kinds
+
+    def _kinds_in(self, equation: Equation) -> list[list[Kind]]:
+        return self._kinds[self._key(equation)][1]
+
+    def _key(self, equation: Equation) -> tuple[Any, ...]:
+        return (*((id(each), which) for each, which in self._path), id(equation))
 
 
-_WITH_PROGRAMS = {"cond": run_cond} | dict.fromkeys(
-    jaxprs.CUSTOM_DERIVATIVES, run_with_derivatives
-)
-
-# What these say of whole tables need not hold for rows of a batch.
-_HINTS = ("sharding_constraint", "optimization_barrier")
-
-
-def _arrays(
-    plan: row_rules.Plan,
-    operands: list[Value],
-    table: Table | None,
-    made: dict[Any, Any] | None = None,
-) -> list[Any]:
-    made = {} if made is None else made
-    return [
-        (value.at(table, made) if isinstance(value, Pending) else value.at(table))
-        if row
-        else value.at(None)
-        for row, value in zip(plan.by_row, operands, strict=True)
-    ]
+def _why_not(equation: Equation, table: Table) -> str:
+    name = equation.primitive.name
+    if len(table.axes) > 1:
+        return "treats a stack of tables as more than rows"
+    if name in reductions.NAMES or name in row_rules.RULES:
+        return f"needs rows of {table.name} that the batch does not look up"
+    return (
+        f"is not known to keep rows of {table.name} apart, so it may need rows that "
+        "the batch does not look up"
+    )
 
 
 def _evaluation(plan: row_rules.Plan) -> Callable[[list[Any]], list[Any]]:
     """Applies a plan to constants, which are those of a single row."""
-    shapes = [jaxprs.type_of(operand).shape for operand in plan.equation.invars]
-    if plan.equation.primitive.name in row_rules.ELEMENTWISE:
-        return lambda values: jaxprs.bind(plan.equation, values)
+    equation, count = plan.equation, plan.row_axes
+    if equation.primitive.name in primitives.ELEMENTWISE:
+        return lambda values: jaxprs.bind(equation, values)
+    shapes = [jaxprs.type_of(operand).shape for operand in equation.invars]
     return lambda values: plan.apply(
         1,
         [
-            jnp.full((1, *shape[1:]) if row else shape, value)
+            jnp.full((1, *shape[count:]) if row else shape, value)
             for row, shape, value in zip(plan.by_row, shapes, values, strict=True)
         ],
     )

@@ -1,5 +1,7 @@
 """Every read and write of rows of a table."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -21,13 +23,17 @@ class Table:
     Attributes:
       name: the path of the table in the parameters.
       num_rows: how many rows the table has.
+      axes: its first axes, which count its rows: several for a stack of tables.
       ids: for each position in the batch a row id, no two of them the same. Positions
         of padding and of further occurrences of an id have ids beyond the table, for
         which `is_beyond` holds.
     """
 
-    def __init__(self, name: str, num_rows: int, ids: jax.Array) -> None:
-        self.name, self.num_rows, self.ids = name, num_rows, ids
+    def __init__(self, name: str, rows: int | tuple[int, ...], ids: jax.Array) -> None:
+        """Gives the number of rows, or the axes that count them."""
+        self.name, self.ids = name, ids
+        self.axes = rows if isinstance(rows, tuple) else (rows,)
+        self.num_rows = math.prod(self.axes)
 
     @property
     def batch_size(self) -> int:
@@ -58,6 +64,25 @@ class Table:
             )
         )
 
+    def gather_any(self, array: ArrayLike) -> jax.Array:
+        """The rows of an array that has the row axes of the table.
+
+        Along some of them it may have one entry for all rows. The first axes of a stack
+        become one.
+        """
+        array, count = jnp.asarray(array), len(self.axes)
+        if count == 1 or array.shape[:count] == self.axes:
+            return self.gather(flattened(array, self.axes))
+        at, later = [], self.num_rows
+        for size, given in zip(self.axes, array.shape, strict=False):
+            later //= max(size, 1)
+            here = self.ids // max(later, 1) % max(size, 1)
+            at.append(here if given == size else jnp.zeros_like(here))
+        rows: jax.Array = array.at[tuple(at)].get(
+            mode="promise_in_bounds", wrap_negative_indices=False
+        )
+        return rows
+
     def scatter(self, array: jax.Array, rows: jax.Array) -> jax.Array:
         """The array with new rows, of which those beyond it are dropped."""
         return (
@@ -76,6 +101,13 @@ class Table:
         """The rows with another value at the positions that have no row."""
         valid = jnp.expand_dims(self.valid, tuple(range(1, rows.ndim)))
         return jnp.where(valid, rows, fill)
+
+
+def flattened(array: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """A stack as one table: its first axes become one."""
+    if len(axes) < 2:
+        return array
+    return array.reshape(math.prod(axes), *array.shape[len(axes) :])
 
 
 def fetched(table: jax.Array, ids: jax.Array, row_axes: int) -> jax.Array:

@@ -1,6 +1,5 @@
 """RowSlices: a few rows of a table, named by their ids."""
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast, overload
@@ -12,7 +11,7 @@ from jax.typing import ArrayLike, DTypeLike
 from monolith_optax._public import public
 from monolith_optax._rows.slices.duplicates import at_least_float32
 from monolith_optax._rows.slices.opaque_ids import int32_ids, is_opaque, opaque, plain
-from monolith_optax._rows.slices.row_access import add_rows
+from monolith_optax._rows.slices.row_access import add_rows, flattened
 from monolith_optax._shardings import replicated
 
 
@@ -248,13 +247,6 @@ def row_axes(shape: tuple[int, ...], slices: RowSlices) -> tuple[int, ...] | Non
     if shape[count:] != row_shape or not (count == 1 or is_stack):
         return None
     return shape[:count]
-
-
-def flattened(array: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    """A stack as one table: its first axes become one."""
-    if len(axes) < 2:
-        return array
-    return array.reshape(math.prod(axes), *array.shape[len(axes) :])
 
 
 def _check(slices: RowSlices) -> None:

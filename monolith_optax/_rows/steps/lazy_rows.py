@@ -1,7 +1,6 @@
 """lazy_rows: an optimizer step on a table that touches only the rows of a batch."""
 
 import functools
-import itertools
 import math
 from typing import Any
 
@@ -11,11 +10,10 @@ import numpy as np
 import optax
 from jax.tree_util import keystr
 
-from monolith_optax._rows.programs.jaxprs import trace
+from monolith_optax._rows.programs.jaxprs import Program, trace
 from monolith_optax._rows.programs.known_constants import ZERO
 from monolith_optax._rows.programs.row_values import (
     MixesRowsError,
-    Pending,
     Rows,
     Value,
     Whole,
@@ -24,14 +22,8 @@ from monolith_optax._rows.programs.run_on_rows import Runner
 from monolith_optax._rows.slices.duplicates import sum_duplicates
 from monolith_optax._rows.slices.row_access import Table
 from monolith_optax._rows.slices.row_slices import RowSlices, is_slices, row_axes
-from monolith_optax._rows.steps.flatten_stacks import flat_program
-from monolith_optax._rows.steps.state_leaves import (
-    ANYBODY,
-    WHOLE,
-    Leaf,
-    check_kind,
-    owners,
-)
+from monolith_optax._rows.steps.find_slots import slots_of_program, unchanged_slots
+from monolith_optax._rows.steps.state_leaves import Leaf, check_kind, owners
 from monolith_optax._shardings import replicated
 
 
@@ -125,24 +117,8 @@ def _step(
     structure = jax.tree.structure(params)
     gradients, weights = _gradients_and_weights(updates, params)
     slots, slots_structure = _slots(inner, state, params, weights)
-    stacks = {leaf.row_axes for leaf in weights if leaf.row_axes}
-    slots = [leaf.of_a_stack(stacks) for leaf in slots]
     extra, extra_structure = jax.tree.flatten(extra_args)
     arrays = [leaf for leaf in extra if _is_array(leaf)]
-
-    runner = Runner([leaf.owner for leaf in weights if isinstance(leaf.owner, Table)])
-    operands = [
-        gradients,
-        [leaf.value(runner) for leaf in slots],
-        [leaf.value(runner) for leaf in weights],
-        [runner.whole(array) for array in arrays],
-    ]
-    types = [
-        list(map(_whole_type, operands[0], [leaf.array for leaf in weights])),
-        list(map(_whole_type, operands[1], [leaf.array for leaf in slots])),
-        list(map(_whole_type, operands[2], [leaf.array for leaf in weights])),
-        list(map(jax.typeof, arrays)),
-    ]
 
     def whole_step(gradients: Any, slots: Any, weights: Any, arrays: Any) -> Any:
         arrays = iter(arrays)
@@ -154,34 +130,40 @@ def _step(
             **jax.tree.unflatten(extra_structure, leaves),
         )
 
-    program, shapes = trace(whole_step, *types)
-    given: Any = jax.tree.structure((updates, state), is_leaf=is_slices)
-    if jax.tree.structure(shapes) != given:
-        raise MixesRowsError("updates or state change their structure")
-    for leaf, after in zip([*weights, *slots], jax.tree.leaves(shapes), strict=True):
-        if leaf.owner is not WHOLE and np.shape(leaf.array) != after.shape:
-            raise MixesRowsError(
-                f"what is {np.shape(leaf.array)} for {leaf.name} becomes {after.shape}"
-            )
-    of_weights, of_slots = (
-        [each.row_axes for each in part] for part in (weights, slots)
-    )
-    program = flat_program(
-        program,
-        [*of_weights, *of_slots, *of_weights, *([()] * len(arrays))],
-        [*of_weights, *of_slots],
-    )
-    results = runner.run(program, list(itertools.chain(*operands)))
-    new_updates, new_slots = results[: len(weights)], results[len(weights) :]
+    def traced(slots: list[Leaf]) -> tuple[Program, Any]:
+        return trace(
+            whole_step,
+            list(map(_whole_type, gradients, weights)),
+            [_whole_type(leaf.value(), leaf) for leaf in slots],
+            [_whole_type(leaf.value(), leaf) for leaf in weights],
+            list(map(jax.typeof, arrays)),
+        )
+
+    program, shapes = traced(slots)
+    _check_results(shapes, (updates, state), [*weights, *slots])
+    found = slots_of_program(program, weights, slots)
+    if found != slots:
+        slots = found
+        program, _ = traced(slots)
+
+    runner = Runner([leaf.table for leaf in weights if leaf.table])
+    old = [
+        runner.whole(leaf.array) if unchanged and leaf.table else leaf.value()
+        for leaf, unchanged in zip(
+            slots, unchanged_slots(program, weights), strict=True
+        )
+    ]
+    operands = [
+        *gradients,
+        *old,
+        *(leaf.value() for leaf in weights),
+        *map(runner.whole, arrays),
+    ]
+    results = runner.run(program, operands)
+    new_updates, new = results[: len(weights)], results[len(weights) :]
     return (
         jax.tree.unflatten(structure, map(_update, new_updates, weights)),
-        jax.tree.unflatten(
-            slots_structure,
-            [
-                leaf.written(new, old, runner)
-                for leaf, new, old in zip(slots, new_slots, operands[1], strict=True)
-            ],
-        ),
+        jax.tree.unflatten(slots_structure, map(Leaf.written, slots, new, old)),
     )
 
 
@@ -190,7 +172,7 @@ def _gradients_and_weights(
 ) -> tuple[list[Value], list[Leaf]]:
     given = jax.tree.leaves(updates, is_leaf=is_slices)
     weights = [
-        Leaf(param, f"params{keystr(path)}", WHOLE)
+        Leaf(param, f"params{keystr(path)}", None)
         for path, param in jax.tree.leaves_with_path(params)
     ]
     gradients: list[Value] = []
@@ -199,14 +181,12 @@ def _gradients_and_weights(
             gradients.append(Whole(gradient))
             continue
         axes = row_axes(np.shape(weights[i].array), gradient) or ()
-        num_rows = math.prod(axes)
         ids = replicated(gradient.ids, weights[i].array)
         rows = replicated(gradient.rows, weights[i].array)
-        ids, rows = sum_duplicates(ids, rows, num_rows)
-        table = Table(weights[i].name, num_rows, ids)
+        ids, rows = sum_duplicates(ids, rows, math.prod(axes))
+        table = Table(weights[i].name, axes, ids)
         gradients.append(Rows(rows, table, ZERO))
-        stack = axes if len(axes) > 1 else ()
-        weights[i] = weights[i]._replace(owner=table, row_axes=stack)
+        weights[i] = weights[i]._replace(table=table)
     return gradients, weights
 
 
@@ -217,30 +197,25 @@ def _slots(
     weights: list[Leaf],
 ) -> tuple[list[Leaf], Any]:
     leaves, structure = jax.tree.flatten_with_path(state)
-    row_axes = {
-        i: len(weight.row_axes) or 1
+    axes = {
+        i: len(weight.table.axes) if weight.table else 1
         for i, weight in enumerate(weights)
         if np.ndim(weight.array)
     }
+    found = owners(inner, params, state, axes)
     return [
-        Leaf(
-            slot,
-            f"state{keystr(path)}",
-            weights[owner].owner if isinstance(owner, int) else ANYBODY,
-        )
-        for (path, slot), owner in zip(
-            leaves, owners(inner, params, state, row_axes), strict=True
-        )
+        Leaf(slot, f"state{keystr(path)}", weights[owner].table)
+        if isinstance(owner, int)
+        else Leaf(slot, f"state{keystr(path)}", None, is_told=False)
+        for (path, slot), owner in zip(leaves, found, strict=True)
     ], structure
 
 
-def _whole_type(value: Value, whole: Any) -> Any:
+def _whole_type(value: Value, leaf: Leaf) -> Any:
     """The type of what a value is in the whole step."""
-    if isinstance(value, Whole):
-        return jax.typeof(value.array)
-    whole_type = jax.typeof(whole)
-    if isinstance(value, Pending):
-        return whole_type
+    if not isinstance(value, Rows):
+        return jax.typeof(value.at(None))
+    whole_type = jax.typeof(leaf.array)
     # Rows vary over devices as ids do, so this is not the type of what is whole.
     return jax.typeof(value.array).update(
         shape=whole_type.shape, sharding=whole_type.sharding
@@ -248,11 +223,22 @@ def _whole_type(value: Value, whole: Any) -> Any:
 
 
 def _update(value: Value, weight: Leaf) -> Any:
-    table = weight.owner
-    if table is WHOLE:
+    table = weight.table
+    if table is None:
         return weight.all(value)
     # -1 is padding also where nobody knows how many rows there are, as in norms.
     return RowSlices(jnp.where(table.valid, table.ids, -1), weight.rows(value))
+
+
+def _check_results(shapes: Any, given: Any, leaves: list[Leaf]) -> None:
+    structure: Any = jax.tree.structure(given, is_leaf=is_slices)
+    if jax.tree.structure(shapes) != structure:
+        raise MixesRowsError("updates or state change their structure")
+    for leaf, after in zip(leaves, jax.tree.leaves(shapes), strict=True):
+        if np.shape(leaf.array) != after.shape and (leaf.table or not leaf.is_told):
+            raise MixesRowsError(
+                f"what is {np.shape(leaf.array)} for {leaf.name} becomes {after.shape}"
+            )
 
 
 def _check_extra_args(extra_args: dict[str, Any]) -> None:

@@ -11,8 +11,7 @@ from jax.tree_util import keystr
 from monolith_optax._leaves import describe, dtype_of
 from monolith_optax._rows.slices.duplicates import LAST_ID, distinct_ids
 from monolith_optax._rows.slices.opaque_ids import int32_ids
-from monolith_optax._rows.slices.row_access import Table
-from monolith_optax._rows.slices.row_slices import flattened
+from monolith_optax._rows.slices.row_access import Table, flattened
 from monolith_optax._shardings import replicated
 
 
@@ -32,7 +31,7 @@ class NamedRows(NamedTuple):
     @property
     def table(self) -> Table:
         """The positions of the rows, of which several may have the same row."""
-        return Table(self.name, math.prod(self.axes), self.ids)
+        return Table(self.name, self.axes, self.ids)
 
     def distinct(self) -> "NamedRows":
         """Each row once, at its last position; the other positions are padding."""

@@ -13,7 +13,6 @@ from monolith_optax._rows.programs.jaxprs import Program, inlined, needed, trace
 from monolith_optax._rows.programs.row_values import MixesRowsError, Rows, Value
 from monolith_optax._rows.programs.run_on_rows import Runner
 from monolith_optax._rows.slices.row_access import Table
-from monolith_optax._rows.steps.flatten_stacks import flat_program
 from monolith_optax._rows.steps.named_rows import (
     NamedRows,
     broadcast,
@@ -128,11 +127,6 @@ def _initial_slots(
     ]
     program = inlined(trace(init, [jax.typeof(leaves[i]) for i in given])[0])
     _refuse_noise(program, owners)
-    program = flat_program(
-        program,
-        [named[i].axes if i in named else () for i in given],
-        [owner.axes if owner else () for owner in owners],
-    )
     tables = {rows.name: rows.table for rows in named.values()}
     runner = Runner(list(tables.values()))
     operands: list[Value] = [

@@ -1,7 +1,7 @@
 """Which table a leaf of an optimizer's state belongs to."""
 
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -10,12 +10,7 @@ import optax
 
 from monolith_optax._leaves import dtype_of
 from monolith_optax._rows.programs.row_values import MixesRowsError, Rows, Value, Whole
-from monolith_optax._rows.programs.run_on_rows import Runner
-from monolith_optax._rows.slices.row_access import Table
-from monolith_optax._rows.slices.row_slices import flattened
-
-WHOLE = object()  # owner of the leaves of dense parameters
-ANYBODY = object()  # owner of leaves of which only the program can say whose they are
+from monolith_optax._rows.slices.row_access import Table, flattened
 
 # What `owners` says of a leaf that may have rows of a parameter, or may not.
 UNTOLD = object()
@@ -157,57 +152,39 @@ class Leaf(NamedTuple):
     Attributes:
       array: what it holds.
       name: its path.
-      owner: the table whose rows it has, WHOLE or ANYBODY.
-      row_axes: its first axes, if they all are rows of a stack of tables.
+      table: the table whose rows it has, if it has any of those that a step touches.
+      is_told: whether it is known so; otherwise the program of the step may tell.
     """
 
     array: Any
     name: str
-    owner: Any
-    row_axes: tuple[int, ...] = ()
+    table: Table | None
+    is_told: bool = True
 
-    @property
-    def flat(self) -> Any:
-        """What it holds, of a stack of tables as of one table."""
-        return flattened(self.array, self.row_axes)
-
-    def of_a_stack(self, stacks: Iterable[tuple[int, ...]]) -> "Leaf":
-        """The leaf with its first axes as rows, where they are those of a stack."""
-        if self.owner is WHOLE:
-            return self
-        shape = np.shape(self.array)
-        found = [axes for axes in stacks if shape[: len(axes)] == axes]
-        return self._replace(row_axes=found[0]) if found else self
-
-    def value(self, runner: Runner) -> Value:
+    def value(self) -> Value:
         """What a program sees of it."""
-        if isinstance(self.owner, Table):
-            return Rows(self.owner.gather(self.flat), self.owner)
-        if self.owner is WHOLE:
+        if self.table is None:
             return Whole(self.array)
-        return runner.slot(self.flat, self.name)
+        return Rows(self.table.gather_any(self.array), self.table)
 
-    def written(self, new: Value, old: Value, runner: Runner) -> Any:
+    def written(self, new: Value, old: Value) -> Any:
         """The leaf after a step that has made one value of another."""
         if new is old:
             return self.array
-        owner = self.owner
-        if owner is ANYBODY:
-            owner = new.table if isinstance(new, Rows) else runner.owner(self.name)
-        if not isinstance(owner, Table):
+        if self.table is None:
             return self.all(new)
-        rows = self._replace(owner=owner).rows(new)
-        return owner.scatter(self.flat, rows).reshape(np.shape(self.array))
+        flat = flattened(self.array, self.table.axes)
+        written = self.table.scatter(flat, self.rows(new))
+        return written.reshape(np.shape(self.array))
 
     def rows(self, value: Value) -> jax.Array:
         """Rows for the table that the leaf belongs to."""
-        if isinstance(value, Rows) and value.table is not self.owner:
+        if isinstance(value, Rows) and value.table is not self.table:
             raise MixesRowsError(f"{self.name} depends on rows of {value.table.name}")
-        return value.at(self.owner)
+        return value.at(self.table)
 
     def all(self, value: Value) -> Any:
         """All of an array, for a leaf that is no table's."""
         if isinstance(value, Rows):
             raise MixesRowsError(f"{self.name} depends on rows of {value.table.name}")
-        array = value.at(None)
-        return array.reshape(np.shape(self.array)) if self.row_axes else array
+        return value.at(None)
