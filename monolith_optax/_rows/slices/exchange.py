@@ -63,8 +63,15 @@ def capacity(batch: int, devices: int) -> int:
     return places
 
 
-def route(ids: jax.Array, num_rows: int, axes: Axes) -> Route:
-    """Where ids of one dimension go, those from 0 to `num_rows` in a table."""
+def route(ids: jax.Array, num_rows: int, axes: Axes, all_axes: Axes) -> Route:
+    """Where ids of one dimension go.
+
+    Args:
+      ids: those of the device.
+      num_rows: of the table; ids that are not below it have no row.
+      axes: the mesh axes over which rows are spread.
+      all_axes: these, and those over which each row is on several devices.
+    """
     batch, devices = len(ids), lax.axis_size(axes)
     limit = capacity(batch, devices)
     positions, distinct = distinct_ids(ids, num_rows)
@@ -80,7 +87,7 @@ def route(ids: jax.Array, num_rows: int, axes: Axes) -> Route:
     places = jnp.where(fits, by_owner * limit + ranks, devices * limit)
     places = jnp.zeros(batch, jnp.int32).at[keys % batch].set(places)
     left_out = jnp.any((ranks >= limit) & (by_owner < devices))
-    spilled = lax.pmax(left_out.astype(jnp.int32), axes) > 0
+    spilled = lax.pmax(left_out.astype(jnp.int32), all_axes) > 0
     return Route(positions, distinct, places, spilled)
 
 
@@ -91,34 +98,47 @@ def fetch(table: jax.Array, route: Route, axes: Axes) -> jax.Array:
     return _from(to_owners(rows, axes), route.places)
 
 
-def send(
-    route: Route, ids: jax.Array, rows: jax.Array, axes: Axes
+def own_sums(
+    route: Route, ids: jax.Array, rows: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Ids and rows at the owners, or where they are if the batch has spilled.
+    """The sums of rows at the positions of distinct ids.
 
     Args:
       route: that of the batch.
       ids: for each position of the batch its id, or NOBODY to leave it out.
-      rows: as many rows. Those of one id are summed first, in float32 or wider.
+      rows: as many rows.
+
+    Returns:
+      At each position that stands for an id, the id and the sum of its rows, in float32
+      or wider. An id without any rows to give is NOBODY.
+    """
+    positions = jnp.where(ids < 0, len(ids), route.positions)
+    given = jnp.full(len(ids), NOBODY).at[positions].max(ids, mode="drop")
+    return given, sum_rows(positions, rows, rows.shape[1:])
+
+
+def send(
+    route: Route, ids: jax.Array, rows: jax.Array, axes: Axes
+) -> tuple[jax.Array, jax.Array]:
+    """Sums at the owners of their rows, or where they are if the batch has spilled.
+
+    Args:
+      route: that of the batch.
+      ids: at the positions that stand for an id, the id or NOBODY.
+      rows: their rows.
       axes: the mesh axes over which rows are spread.
 
     Returns:
-      As many ids and rows as a buffer has places. Ids may be there several times, and
-      are all at their owner unless the batch has spilled.
+      As many ids and rows as a buffer has places. An id may come from several devices.
     """
-    sums = sum_rows(
-        jnp.where(ids < 0, len(ids), route.positions), rows, rows.shape[ids.ndim :]
-    )
-    # A position stands for its id if any of the occurrences has a row to give.
-    last = jnp.full(len(ids), NOBODY).at[route.positions].max(ids, mode="drop")
-    sent = to_owners(_buffer(route, last, NOBODY, axes), axes)
-    sent_sums = to_owners(_buffer(route, sums, 0, axes), axes)
+    sent = to_owners(_buffer(route, ids, NOBODY, axes), axes)
+    sent_rows = to_owners(_buffer(route, rows, 0, axes), axes)
     more = len(sent) - len(ids)
-    kept = jnp.pad(last, (0, more), constant_values=NOBODY)
-    kept_sums = jnp.pad(sums, [(0, more)] + [(0, 0)] * (sums.ndim - 1))
+    kept = jnp.pad(ids, (0, more), constant_values=NOBODY)
+    kept_rows = jnp.pad(rows, [(0, more)] + [(0, 0)] * (rows.ndim - 1))
     return (
         jnp.where(route.spilled, kept, sent),
-        jnp.where(route.spilled, kept_sums, sent_sums),
+        jnp.where(route.spilled, kept_rows, sent_rows),
     )
 
 

@@ -36,10 +36,9 @@ def gather(
     turns = lax.axis_size(axes) - 1
     carry = lax.fori_loop(0, jnp.where(spilled, turns, 0), turn, (ids, rows))
     # The last one brings them home.
-    rows = lax.fori_loop(
-        0, jnp.where(spilled, 1, 0), lambda _, rows: _passed_on(rows, axes), carry[1]
-    )
-    return rows
+    home = jnp.where(spilled, 1, 0)
+    _, rows = lax.fori_loop(0, home, lambda _, carry: _passed_on(carry, axes), carry)
+    return jnp.asarray(rows)
 
 
 def scatter(

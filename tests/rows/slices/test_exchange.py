@@ -45,13 +45,14 @@ def programs(devices):
     """What a step does with a batch: rows of it, sums, reads and writes of a slot."""
 
     def local(table, ids, gradients):
-        route = exchange.route(ids, NUM_ROWS, AXES)
+        route = exchange.route(ids, NUM_ROWS, AXES, AXES)
         found = exchange.fetch(table, route, AXES)
         ringed = ring.gather(table, route.ids, route.spilled, AXES)
         found = jnp.where(route.spilled, ringed, found)
         found = found.at[route.positions].get(mode="fill", fill_value=0)
         masked = jnp.where(ids % 5 == 0, exchange.NOBODY, ids)
-        sent = exchange.send(route, masked, gradients + found, AXES)
+        sums = exchange.own_sums(route, masked, gradients + found)
+        sent = exchange.send(route, *sums, AXES)
         spilled = route.spilled
         ids, sums = ring.sum_duplicates(*sent, NUM_ROWS, spilled, AXES)
         slot = ring.gather(table, ids, spilled, AXES)
