@@ -13,14 +13,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from monolith_optax._rows.slices import exchange, ring
-from monolith_optax._rows.slices.duplicates import at_least_float32
-from monolith_optax._rows.slices.exchange import NOBODY, Axes, Route
-from monolith_optax._shardings import rows_sharding
+from monolith_optax._rows.slices import ring
+from monolith_optax._rows.slices.exchange import Axes
 
 
 @dataclass(frozen=True)
@@ -61,10 +57,15 @@ class Spread:
           specs: how its arguments are split.
           out: how its results are split.
         """
-        mesh = jax.sharding.get_abstract_mesh() if self._is_explicit else self.mesh
-        return jax.shard_map(
-            local, mesh=mesh, in_specs=specs, out_specs=out, check_vma=False
-        )
+
+        def whole(*args: Any) -> Any:
+            # Where axes are explicit, this runs inside `automatic`.
+            mesh = jax.sharding.get_abstract_mesh() if self._is_explicit else self.mesh
+            return jax.shard_map(
+                local, mesh=mesh, in_specs=specs, out_specs=out, check_vma=False
+            )(*args)
+
+        return whole
 
     def automatic(self, function: Callable[..., Any], out: Any) -> Any:
         """The function, on automatic axes.
@@ -105,15 +106,20 @@ class Placement:
 
     def gather(self, array: jax.Array, ids: jax.Array) -> jax.Array:
         """Rows of distinct ids, of an array that is as long as the table."""
-        return _gather(jnp.asarray(array), ids, self.spilled, self.spread)
+        new: jax.Array = _gather(jnp.asarray(array), ids, self.spilled, self.spread)
+        return new
 
     def scatter(self, array: jax.Array, ids: jax.Array, rows: jax.Array) -> jax.Array:
         """The array with new rows at distinct ids."""
-        return _scatter(jnp.asarray(array), ids, rows, self.spilled, self.spread, False)
+        new: jax.Array = _scatter(
+            jnp.asarray(array), ids, rows, self.spilled, self.spread, False
+        )
+        return new
 
     def add(self, array: jax.Array, ids: jax.Array, rows: jax.Array) -> jax.Array:
         """The array with rows added, in a dtype that is wide enough for sums."""
-        return _scatter(array, ids, rows, self.spilled, self.spread, True)
+        new: jax.Array = _scatter(array, ids, rows, self.spilled, self.spread, True)
+        return new
 
     def sum_duplicates(
         self, ids: jax.Array, rows: jax.Array
@@ -129,101 +135,9 @@ class Placement:
     def concatenated(
         self, parts: Sequence[tuple[jax.Array, jax.Array]], spilled: jax.Array
     ) -> tuple[jax.Array, jax.Array, "Placement"]:
-        """Several ids and rows of the same table as one, each part of a device apart."""
+        """Several ids and rows of a table as one, for each device by itself."""
         ids, rows = _concatenate(tuple(parts), self.spread)
         return ids, rows, Placement(spilled, self.spread)
-
-
-def look_up(
-    spread: Spread, table: jax.Array, ids: Sequence[jax.Array]
-) -> tuple[list[jax.Array], Route]:
-    """Rows of a table for several arrays of ids, and the route that they took.
-
-    The ids may have any shape; those outside of the table get zeros. For arrays of the
-    same shape, `send` then brings gradients the same way back.
-    """
-    return _look_up(table, tuple(ids), spread)
-
-
-def send(
-    spread: Spread,
-    route: Route,
-    ids: Sequence[jax.Array],
-    rows: Sequence[jax.Array],
-) -> tuple[jax.Array, jax.Array, Placement]:
-    """Gradients of rows that were looked up, as ids, rows and placement of slices.
-
-    Args:
-      spread: how the rows of the table are spread.
-      route: that of the lookup.
-      ids: the same ids, in the same arrays, or NOBODY for those without a gradient.
-      rows: their gradients.
-    """
-    ids_, rows_, spilled = _send(route, tuple(ids), tuple(rows), spread)
-    return ids_, rows_, Placement(spilled, spread)
-
-
-@functools.partial(jax.jit, static_argnames="spread")
-def _look_up(table: Any, ids: Any, spread: Spread) -> Any:
-    split = PartitionSpec(spread.all_axes)
-
-    def local(table: Any, ids: Any) -> Any:
-        sizes = list(map(len, ids))
-        found = _route(jnp.concatenate(ids), spread)
-        rows = exchange.fetch(table, found, spread.axes)
-        ringed = ring.gather(table, found.ids, found.spilled, spread.axes)
-        rows = jnp.where(found.spilled, ringed, rows)
-        rows = rows.at[found.positions].get(mode="fill", fill_value=0)
-        return jnp.split(rows, np.cumsum(sizes)[:-1]), found
-
-    def whole(table: Any, ids: Any) -> Any:
-        shares = [_share(each, each.ndim, NOBODY, spread) for each in ids]
-        run = spread.on_devices(
-            local, (spread.by_rows, split), (split, _of_route(split))
-        )
-        parts, found = run(table, shares)
-        rows = [
-            part[: each.size].reshape(*each.shape, *table.shape[1:])
-            for part, each in zip(parts, ids, strict=True)
-        ]
-        return rows, found
-
-    specs = [rows_sharding(table, each) for each in ids]
-    out = [PartitionSpec() if each is None else each.spec for each in specs]
-    return spread.automatic(whole, (out, _of_route(split)))(table, ids)
-
-
-@functools.partial(jax.jit, static_argnames="spread")
-def _send(route: Any, ids: Any, rows: Any, spread: Spread) -> Any:
-    split, dtype = PartitionSpec(spread.all_axes), rows[0].dtype
-
-    def local(route: Any, ids: Any, rows: Any) -> Any:
-        wide = jnp.concatenate(rows).astype(at_least_float32(dtype))
-        sums = exchange.own_sums(route, jnp.concatenate(ids), wide)
-        if others := spread.other_axes:  # the owners on the other axes need them, too
-            gathered = [lax.all_gather(each, others, tiled=True) for each in sums]
-            route = _route(gathered[0], spread)
-            sums = exchange.own_sums(route, *gathered)
-        sums = exchange.send(route, *sums, spread.axes)
-        if wide.dtype != dtype:  # narrow rows are rounded once, at the owner
-            sums = ring.sum_duplicates(
-                *sums, spread.num_rows, route.spilled, spread.axes
-            )
-        return sums[0], sums[1].astype(dtype), route.spilled
-
-    def whole(route: Any, ids: Any, rows: Any) -> Any:
-        shares = [
-            (
-                _share(some, some.ndim, NOBODY, spread),
-                _share(of_them, some.ndim, 0, spread),
-            )
-            for some, of_them in zip(ids, rows, strict=True)
-        ]
-        run = spread.on_devices(local, (_of_route(split), split, split), out)
-        return run(route, *map(list, zip(*shares, strict=True)))
-
-    out = spread.by_rows, spread.by_rows, PartitionSpec()
-    return spread.automatic(whole, out)(route, ids, rows)
 
 
 @functools.partial(jax.jit, static_argnames="spread")
@@ -277,22 +191,6 @@ def _concatenate(parts: Any, spread: Spread) -> Any:
     return spread.automatic(spread.on_devices(local, specs, out), out)(*parts)
 
 
-def _route(ids: Any, spread: Spread) -> Route:
-    return exchange.route(ids, spread.num_rows, spread.axes, spread.all_axes)
-
-
-def _of_route(split: PartitionSpec) -> Any:
-    return Route(split, split, split, PartitionSpec())
-
-
 def _of_slices(ids: Any, spread: Spread) -> PartitionSpec:
     """The spec of slices, whose last axis of ids is split; others stack batches."""
     return PartitionSpec(*[None] * (jnp.ndim(ids) - 1), spread.axes)
-
-
-def _share(array: Any, axes: int, fill: Any, spread: Spread) -> Any:
-    """An array whose first axes become one that can be split over all devices."""
-    flat = array.reshape(-1, *array.shape[axes:])
-    missing = -len(flat) % spread.mesh.size
-    padding = [(0, missing)] + [(0, 0)] * (flat.ndim - 1)
-    return jnp.pad(flat, padding, constant_values=fill) if missing else flat
