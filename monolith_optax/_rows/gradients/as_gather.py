@@ -73,11 +73,14 @@ def scattered(equation: Equation, summed: Collection[int]) -> Lookup | str:
     return _as_gather(shape, indices[:-1], as_gather, sizes, mode, 0)
 
 
-CHANGES = ("scatter", "scatter-add", "scatter-mul")
+CHANGES = ("scatter", "scatter-mul")
 
 
 def changed_row(equation: Equation) -> Lookup | None:
     """Which row an equation changes, if it is all of a single one."""
+    name, params = equation.primitive.name, equation.params
+    if name == "scatter" and params["update_jaxpr"] is not None:
+        return None  # a function of what is there
     found = scattered(equation, ())
     if isinstance(found, str) or found.row_axes > 1 or math.prod(found.ids_shape) != 1:
         return None

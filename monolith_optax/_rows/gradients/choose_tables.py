@@ -1,12 +1,14 @@
 """Which leaves of params have gradients of rows, and why others have not."""
 
-from collections.abc import Collection
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from monolith_optax._rows.gradients.find_lookups import Finder
+from monolith_optax._rows.gradients.gradient_flow import GradientFlow
 from monolith_optax._rows.gradients.lookup_tree import Tree
 from monolith_optax._rows.gradients.trace_loss import Loss
 
@@ -44,18 +46,13 @@ def choose(loss: Loss, tables: Any) -> Choice:
     else:
         asked = _flags(tables, loss)
         refused = {leaf: "as tables says" for leaf, ask in enumerate(asked) if not ask}
+    row_axes: dict[int, int] = {}
+    flow = GradientFlow()
     while True:
         left = {leaf: ask for leaf, ask in enumerate(asked) if leaf not in refused}
-        finder = Finder(types, left)
+        finder = Finder(types, left, row_axes, flow, loss.from_numpy)
         tree = finder.find(loss.program)
-        row_axes, more = dict(finder.row_axes), dict(finder.refused)
-        if not more:
-            for leaf in left.keys() - row_axes.keys():
-                axes = _axes_without_ids(types[leaf].shape, finder.empty_shapes)
-                if axes is not None or tables is not None:
-                    row_axes[leaf] = axes or 1
-                else:
-                    more[leaf] = "is never looked up"
+        more = _not_tables(finder, left, types) | finder.refused
         if tables is not None and more:
             leaf, why = min(more.items())
             raise ValueError(
@@ -63,24 +60,49 @@ def choose(loss: Loss, tables: Any) -> Choice:
                 "Say False for it in tables to get a dense gradient, or only look it "
                 "up in the model."
             )
-        if not more:
-            return Choice(row_axes, tree, refused)
+        if not more and not finder.more_row_axes:
+            found = {leaf: finder.row_axes.get(leaf) for leaf in left}
+            axes = {
+                leaf: count or _axes_without_ids(types[leaf].shape, finder) or 1
+                for leaf, count in found.items()
+            }
+            return Choice(axes, tree, refused)
+        row_axes |= finder.more_row_axes
         refused |= {leaf: f"as it {why}" for leaf, why in more.items()}
 
 
-def _axes_without_ids(
-    shape: tuple[int, ...], empty_shapes: Collection[tuple[int, ...]]
-) -> int | None:
+def _not_tables(
+    finder: Finder, left: Mapping[int, bool], types: Sequence[Any]
+) -> dict[int, str]:
+    """Leaves that are used as tables are, but not for reasons to be one."""
+    reasons = {}
+    for leaf, asked in left.items():
+        whole = sum(finder.all_rows.get(leaf, {}).values())
+        if asked:
+            continue
+        if leaf not in finder.row_axes:
+            if _axes_without_ids(types[leaf].shape, finder) is None:
+                reasons[leaf] = "is never looked up"
+        elif leaf not in finder.by_data:
+            reasons[leaf] = f"is looked up by constants in {finder.constants[leaf]}"
+        elif 2 * whole > math.prod(types[leaf].shape[: finder.row_axes[leaf]]):
+            place = finder.constants[leaf]
+            reasons[leaf] = f"has more than half of its rows used by {place}"
+    return reasons
+
+
+def _axes_without_ids(shape: tuple[int, ...], finder: Finder) -> int | None:
     """How many axes of a leaf are rows, if it may have been looked up by no ids.
 
     JAX makes an empty array of such a lookup without the table, and nothing else tells
-    of it. So this is taken for the cause where a leaf is not used.
+    of it. So an empty array of rows like those of a leaf that is not used is taken for
+    a lookup of it.
     """
     for axes in range(1, len(shape)):
         row_shape = shape[axes:]
-        if any(empty[-len(row_shape) :] == row_shape for empty in empty_shapes):
+        if any(empty[-len(row_shape) :] == row_shape for empty in finder.empty_shapes):
             return axes
-    return 1 if empty_shapes else None
+    return None
 
 
 def _flags(tables: Any, loss: Loss) -> list[bool]:

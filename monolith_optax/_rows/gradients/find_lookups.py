@@ -4,21 +4,32 @@ The program is read, not run: of each value all that is known is of which tables
 an image (`row_images.py`), or else whether it depends on data.
 """
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from monolith_optax._rows.gradients import as_gather, row_images
+from monolith_optax._rows.gradients import follow_rows
+from monolith_optax._rows.gradients.constructs import CONSTRUCTS
 from monolith_optax._rows.gradients.gather import Lookup
-from monolith_optax._rows.gradients.lookup_tree import Found, Inside, Tree, device_axes
-from monolith_optax._rows.gradients.row_images import Leaf, is_image, leaves_of
-from monolith_optax._rows.gradients.rule_lookups import NotRowsError, Rule
+from monolith_optax._rows.gradients.gradient_flow import GradientFlow
+from monolith_optax._rows.gradients.lookup_tree import RESULTS, Found, Node, Tree
+from monolith_optax._rows.gradients.row_images import (
+    Facts,
+    Known,
+    Parameter,
+    Source,
+    is_data,
+    is_image,
+    is_table,
+    leaves_of,
+    which_tables,
+)
 from monolith_optax._rows.programs import jaxprs
 from monolith_optax._rows.programs.jaxprs import Equation, Program, type_of
-
-LOOKUPS = ("gather", "dynamic_slice", "slice")
 
 
 class Finder:
@@ -27,275 +38,336 @@ class Finder:
     Attributes:
       refused: for each leaf that is, what it is used for.
       row_axes: for each leaf that is looked up, how many of its axes are rows.
-      empty_shapes: those of arrays without entries that the program makes.
+      more_row_axes: for leaves of which more axes are rows than was expected, how many.
+      by_data: the leaves that are looked up by data.
+      constants: for leaves of which rows are taken by constants, where the first are.
+      all_rows: for leaves with images that are used whole, how many rows those have.
     """
 
-    def __init__(self, types: Sequence[Any], tables: Mapping[int, bool]) -> None:
+    def __init__(
+        self,
+        types: Sequence[Any],
+        tables: Mapping[int, bool],
+        row_axes: Mapping[int, int],
+        flow: GradientFlow,
+        from_numpy: bool,
+    ) -> None:
         """Gives the types of the leaves, and those to look for.
 
         Each comes with whether it was asked for, and then may be a stack of numbers, or
-        be looked up by constants.
+        be looked up by constants. `row_axes` says how many of a leaf's axes must be
+        rows, if there is more than one, and `from_numpy` whether arrays that are
+        written in a program are data.
         """
-        self._types, self._tables = types, tables
+        self._types, self._tables, self._expected = types, tables, row_axes
         self._num_rows = frozenset(types[leaf].shape[0] for leaf in tables)
         self._callers: list[Equation] = []
+        self.flow, self._from_numpy = flow, from_numpy
+        self._active: Collection[Any] = ()
         self.refused: dict[int, str] = {}
         self.row_axes: dict[int, int] = {}
+        self.more_row_axes: dict[int, int] = {}
+        self.by_data: set[int] = set()
+        self.constants: dict[int, str] = {}
+        self.all_rows: dict[int, dict[Any, int]] = {}
         self.empty_shapes: set[tuple[int, ...]] = set()
 
     def find(self, program: Program) -> Tree:
         """The lookups in the program whose operands are the leaves."""
         operands = [
-            Leaf(index) if index in self._tables else True
+            self.parameter(index) if index in self._tables else True
             for index in range(len(self._types))
         ]
-        return self._run(program, operands)[1]
+        active = [True] + [False] * (len(program.jaxpr.outvars) - 1)
+        results, tree = self.program(program, operands, active)
+        self.results(program, results, active, tree, None)
+        return tree
 
-    def _run(self, program: Program, operands: Sequence[Any]) -> tuple[list[Any], Tree]:
-        tree: Tree = []
+    def parameter(self, leaf: int, part: Any = None) -> Parameter:
+        """A leaf, or a device's part of it."""
+        axes = len(self._types[leaf].shape)
+        source = Source(leaf, axes, part)
+        return Parameter(leaf, facts=Facts(frozenset([source]), (0, axes - 1)))
+
+    def program(
+        self, program: Program, operands: Sequence[Any], active: Sequence[bool]
+    ) -> tuple[list[Any], Tree]:
+        """Results of a program, and its lookups.
+
+        Args:
+          program: the program.
+          operands: its operands.
+          active: which of the results have a gradient.
+        """
+        outside, self._active = self._active, self.flow.through(program, active)
+        tree: Tree = {}
+        equations = iter(range(len(program.jaxpr.eqns)))
 
         def step(equation: Equation, operands: list[Any]) -> Sequence[Any]:
-            if not leaves_of(operands):
-                return self._without_tables(equation, operands)
-            results = row_images.mapped(equation, operands)
-            if results is not None:
-                return results
-            return self._with_tables(equation, operands, tree)
+            return self._step(equation, operands, tree, next(equations))
 
-        results = jaxprs.interpret(program, operands, step, _constant)
+        results = jaxprs.interpret(program, operands, step, self._constant)
+        self._active = outside
         return results, tree
 
+    def _constant(self, value: Any) -> Any:
+        """What is known of an array that is part of a program."""
+        if self.is_data(value):
+            return True
+        is_number = np.ndim(value) == 0
+        if is_number and np.issubdtype(np.asarray(value).dtype, np.integer):
+            return Known(None, [value])
+        return False
+
+    def is_data(self, constant: Any) -> bool:
+        """Whether an array in a program is data and not only written in it."""
+        return isinstance(constant, jax.Array) or (
+            self._from_numpy and np.ndim(constant) > 0
+        )
+
+    def inside(self, equation: Equation, find: Callable[[], Any]) -> Any:
+        """What is found inside an equation that runs programs."""
+        self._callers.insert(0, equation)
+        found = find()
+        self._callers.pop(0)
+        return found
+
+    def active(self, equation: Equation) -> list[bool]:
+        """Which results of an equation have a gradient."""
+        return [out in self._active for out in equation.outvars]
+
+    def _step(
+        self, equation: Equation, operands: list[Any], tree: Tree, index: int
+    ) -> Sequence[Any]:
+        tables = any(map(is_table, operands))
+        if tables or any(map(is_image, operands)):
+            steps = follow_rows.follow(equation, operands)
+        else:
+            steps = follow_rows.made(equation, self._num_rows)
+        if steps:
+            tree[index] = Node(steps=steps)
+            return follow_rows.images(equation, operands, steps)
+        if not tables:
+            return self._without_tables(equation, operands)
+        construct = CONSTRUCTS.get(str(equation.primitive.name))
+        if construct is not None:
+            results, tree[index] = construct.find(self, equation, operands)
+        else:
+            what = f"is used by {self.place(equation)}"
+            reasons = dict.fromkeys(which_tables(operands), what)
+            results, tree[index] = self.follow_one(equation, operands, reasons)
+        return results
+
     def _without_tables(self, equation: Equation, operands: list[Any]) -> Sequence[Any]:
-        if any(map(is_image, operands)) or row_images.made(equation, self._num_rows):
-            results = row_images.mapped(equation, operands)
-            if results is not None:
-                return results
-        shape = type_of(equation.outvars[0]).shape if equation.outvars else ()
-        if 0 in shape and equation.primitive.name == "broadcast_in_dim":
-            self.empty_shapes.add(shape)
+        shapes = [type_of(out).shape for out in equation.outvars]
+        if equation.primitive.name == "broadcast_in_dim" and 0 in shapes[0]:
+            self.empty_shapes.add(shapes[0])
+        if shapes == [()] and all(isinstance(v, Known) for v in operands) and operands:
+            return [Known(equation, operands)]
         called = jaxprs.called_program(equation)
-        from_data = any(map(row_images.is_data, operands)) or (
-            called is not None and any(map(_constant, called.consts))
+        from_data = any(map(is_data, operands)) or (
+            called is not None and any(self.is_data(each) for each in called.consts)
         )
         return [from_data] * len(equation.outvars)
 
-    def _with_tables(
-        self, equation: Equation, operands: list[Any], tree: Tree
-    ) -> Sequence[Any]:
-        name = str(equation.primitive.name)
-        if name in LOOKUPS:
-            return self._lookup(equation, operands, tree)
-        if name in jaxprs.CALLS - jaxprs.CHECKPOINTS:
-            self._callers.insert(0, equation)
-            program = jaxprs.called_program(equation)
-            assert program is not None
-            results, inner = self._run(program, operands)
-            self._callers.pop(0)
-            tree.append(Inside(inner))
-            return results
-        if name in jaxprs.CUSTOM_DERIVATIVES:
-            return self._rule(equation, operands, tree)
-        if name in as_gather.CHANGES and leaves_of(operands[1:]):
-            what = f"is written into others by {self._place(equation)}"
-            return self._refuse(operands[1:], what, equation)
-        if name not in _BODIES:
-            return self._refuse(
-                operands, f"is used by {self._place(equation)}", equation
-            )
-        # Images of no tables are no longer images inside a body.
-        operands = [v if leaves_of([v]) else row_images.is_data(v) for v in operands]
-        self._callers.insert(0, equation)
-        results, inside = _BODIES[name](self, equation, operands)
-        self._callers.pop(0)
-        tree.append(inside)
-        leaving = [v for v in results if leaves_of([v]) and v not in operands]
-        if leaving:
-            self._refuse(leaving, f"is a result of {self._place(equation)}", equation)
-        return [v if v in operands else row_images.is_data(v) for v in results]
+    def follow_one(
+        self, equation: Equation, operands: list[Any], reasons: Mapping[int, str]
+    ) -> tuple[list[Any], Node]:
+        """An equation that keeps rows apart of one of its operands at most.
 
-    def _lookup(
-        self, equation: Equation, operands: list[Any], tree: Tree
-    ) -> Sequence[Any]:
-        table, *indices = operands
-        found = as_gather.lookup(equation)
-        if not is_image(table) or leaves_of(indices):
-            what = f"is an index of {self._place(equation)}"
-            return self._refuse(operands, what, equation)
-        if isinstance(found, str):
-            what = f"{found} by {self._place(equation)}"
-            return self._refuse(operands, what, equation)
-        varying = jaxprs.varying(type_of(equation.outvars[0]))
-        by_data = any(map(row_images.is_data, indices))
-        tree.append(self._take(equation, table, found, by_data, varying))
-        return [True]
+        `reasons` say what it does with each that is an image of a table.
+        """
+        for kept in sorted(reasons) if len(reasons) > 1 else ():
+            others = [i for i in reasons if i != kept]
+            alone = [True if i in others else v for i, v in enumerate(operands)]
+            steps = follow_rows.follow(equation, alone)
+            if steps:
+                taken = self._each_otherwise(equation, operands, others, reasons)
+                results = follow_rows.images(equation, operands, steps)
+                return results, Node(taken, steps=steps)
+        taken = self._each_otherwise(equation, operands, reasons, reasons)
+        return [True] * len(equation.outvars), Node(taken)
 
-    def _rule(
-        self, equation: Equation, operands: list[Any], tree: Tree
-    ) -> Sequence[Any]:
-        """A function whose derivative rule says what the gradients of tables are."""
-        rule, found = Rule(equation), []
-        for operand, table in enumerate(operands):
-            if not leaves_of([table]):
-                continue
-            try:
-                scatters = rule.scatters(operand)
-            except NotRowsError as error:
-                what = f"{error} in the derivative rule of {self._place(equation)}"
-                self._refuse([table], what, equation)
-                continue
-            for scatter in scatters:
-                which, constants = rule.sources(scatter.indices)
-                by_data = any(row_images.is_data(operands[i]) for i in which)
-                by_data = by_data or any(map(_constant, constants))
-                varying = jaxprs.varying(type_of(scatter.updates))
-                found.append(
-                    self._take(equation, table, scatter.lookup, by_data, varying)
-                )
-        tree.append(Inside(found))
-        return [True] * len(equation.outvars)
-
-    def _take(
+    def _each_otherwise(
         self,
         equation: Equation,
-        table: row_images.Image,
-        found: Lookup,
+        operands: list[Any],
+        which: Collection[int],
+        reasons: Mapping[int, str],
+    ) -> dict[int, Found]:
+        taken: dict[int, Found] = {}
+        for i in which:
+            taken |= self.otherwise(equation, operands, [i], reasons[i])
+        return taken
+
+    def otherwise(
+        self,
+        equation: Equation,
+        operands: list[Any],
+        which: Collection[int],
+        what: str,
+    ) -> dict[int, Found]:
+        """What is looked up for operands of which an equation uses all rows.
+
+        They then are no images any more. Leaves of which these are all rows are
+        refused, unless no gradient comes back.
+        """
+        taken: dict[int, Found] = {}
+        silent = not any(self.active(equation))
+        for i in which:
+            if is_table(operands[i]):
+                found = self._all_of(
+                    equation.invars[i], operands[i], silent, what, self.place(equation)
+                )
+                taken |= {i: found} if found else {}
+                operands[i] = True
+        return taken
+
+    def results(
+        self,
+        program: Program,
+        results: list[Any],
+        active: Sequence[bool],
+        tree: Tree,
+        caller: Equation | None,
+    ) -> None:
+        """Looks up images that are results of a program, which has to give them."""
+        place = self.place(caller) if caller else "the function"
+        taken: dict[int, Found] = {}
+        for i, (atom, value) in enumerate(
+            zip(program.jaxpr.outvars, results, strict=True)
+        ):
+            if is_table(value):
+                what = f"is a result of {place}"
+                found = self._all_of(atom, value, not active[i], what, place)
+                taken |= {i: found} if found else {}
+                results[i] = True
+            elif is_image(value):
+                results[i] = is_data(value)
+        if taken:
+            tree[RESULTS] = Node(taken)
+
+    def _all_of(
+        self, atom: Any, value: Any, silent: bool, what: str, place: str
+    ) -> Found | None:
+        """All rows of an image that leaves out others, or else a refusal."""
+        facts: Facts = value.facts
+        if silent or facts.detached:
+            return None
+        if not facts.partial or not facts.usable:
+            self.refuse([value], what)
+            return None
+        row_axes = self._row_axes(value, type_of(atom).ndim, 0)
+        if row_axes is None:
+            self.refuse([value], what)
+            return None
+        shape = type_of(atom).shape[:row_axes]
+        for source in facts.sources:
+            rows = self.all_rows.setdefault(source.leaf, {})
+            rows[source.path] = math.prod(shape)
+            self.constants.setdefault(source.leaf, place)
+        varying = jaxprs.varying(type_of(atom))
+        place = f"{place} (all {math.prod(shape)} rows of a slice)"
+        return self._found(None, value, atom, row_axes, shape, varying, place)
+
+    def take(
+        self,
+        equation: Equation,
+        atom: Any,
+        table: Any,
+        lookup: Lookup,
         by_data: bool,
         varying: frozenset[str],
-    ) -> Found:
-        """A lookup of a table, refused if its gradient is not one of rows."""
-        place = self._place(equation)
-        if not table.rows_first:
-            self._refuse([table], f"is used by {place}", equation)
-        if found.row_axes > 1 and not table.elementwise:
+        active: bool,
+    ) -> Found | None:
+        """A lookup of an image, refused if its gradient is not one of rows."""
+        place = self.place(equation)
+        facts: Facts = table.facts
+        if not facts.usable:
+            self.refuse([table], f"is used by {place}")
+            return None
+        row_axes = self._row_axes(table, len(lookup.shape), lookup.row_axes)
+        if row_axes is None:
             what = f"is computed with before the stacked lookup by {place}"
-            self._refuse([table], what, equation)
-        not_asked = [Leaf(leaf) for leaf in table.leaves if not self._tables[leaf]]
-        if 1 < found.row_axes == len(found.shape):
-            what = f"is looked up as a stack of numbers by {place}"
-            self._refuse(not_asked, what, equation)
-        if not by_data:
-            self._refuse(not_asked, f"is looked up by constants in {place}", equation)
-        for leaf in table.leaves:
-            if self.row_axes.setdefault(leaf, found.row_axes) != found.row_axes:
-                what = f"is looked up both as one table and as a stack by {place}"
-                self._refuse([table], what, equation)
-        leaves = tuple(sorted(table.leaves))
-        return Found(found, leaves, found.ids_shape, varying, True, place)
+            self.refuse([table], what)
+            return None
+        lookup = dataclasses.replace(lookup, row_axes=row_axes)
+        if by_data:
+            self.by_data |= facts.leaves
+        else:
+            for leaf in facts.leaves:
+                self.constants.setdefault(leaf, place)
+        found = self._found(
+            lookup, table, atom, row_axes, lookup.ids_shape, varying, place
+        )
+        return found._replace(has_gradient=active and not facts.detached)
 
-    def _refuse(
-        self, values: Sequence[Any], what: str, equation: Equation
-    ) -> Sequence[Any]:
+    def _row_axes(self, image: Any, axes: int, least: int) -> int | None:
+        """How many of an image's axes are rows, at least so many, if it can be."""
+        facts: Facts = image.facts
+        low, columns = facts.columns
+        columns = min(columns, axes - least)
+        for source in facts.sources:
+            if source.row_axes is None and source.leaf in self._expected:
+                columns = min(columns, source.axes - self._expected[source.leaf])
+        return None if columns < low else axes - columns
+
+    def _found(
+        self,
+        lookup: Lookup | None,
+        image: Any,
+        atom: Any,
+        row_axes: int,
+        ids_shape: tuple[int, ...],
+        varying: frozenset[str],
+        place: str,
+    ) -> Found:
+        columns = type_of(atom).ndim - row_axes
+        tables, most = [], math.prod(type_of(atom).shape[:row_axes])
+        for source in sorted(image.facts.sources):
+            leaf, axes = source.leaf, source.rows_with(columns)
+            self._count(leaf, axes, place)
+            tables.append((leaf, axes))
+            most = max(most, math.prod(self._types[leaf].shape[:axes]))
+        dtype = np.dtype(np.int32 if most <= np.iinfo(np.int32).max else np.int64)
+        return Found(lookup, tuple(tables), ids_shape, dtype, varying, True, place)
+
+    def _count(self, leaf: int, row_axes: int, place: str) -> None:
+        """Notes how many of a leaf's axes are rows: as many for each lookup."""
+        if 1 < row_axes == len(self._types[leaf].shape) and not self._tables[leaf]:
+            self._refuse_leaf(leaf, f"is looked up as a stack of numbers by {place}")
+        before = self.row_axes.setdefault(leaf, row_axes)
+        if before == row_axes:
+            return
+        most = max(before, row_axes)
+        if self._expected.get(leaf) == most:
+            what = f"is looked up both as one table and as a stack by {place}"
+            self._refuse_leaf(leaf, what)
+        self.more_row_axes[leaf] = most
+
+    def refuse(self, values: Sequence[Any], what: str) -> None:
+        """Notes what leaves are used for, so that they have no gradient of rows."""
         for leaf in leaves_of(values):
-            self.refused.setdefault(leaf, what)
-        return [True] * len(equation.outvars)
+            self._refuse_leaf(leaf, what)
 
-    def _place(self, equation: Equation) -> str:
+    def _refuse_leaf(self, leaf: int, what: str) -> None:
+        self.refused.setdefault(leaf, what)
+
+    def place(self, equation: Equation) -> str:
+        """The operation and the user's line."""
         return jaxprs.source_line(equation, *self._callers)
 
-    def _checkpoint(
-        self, equation: Equation, operands: list[Any]
-    ) -> tuple[list[Any], Inside]:
-        program = jaxprs.called_program(equation)
-        assert program is not None
-        results, tree = self._run(program, operands)
-        return results, Inside(tree)
+    def notes(self) -> Any:
+        """What has been noted so far, to be given to `restore`."""
+        return {
+            name: {**value} if isinstance(value, dict) else {*value}
+            for name, value in vars(self).items()
+            if name in _NOTES
+        }
 
-    def _cond(
-        self, equation: Equation, operands: list[Any]
-    ) -> tuple[list[Any], Inside]:
-        index, *operands = operands
-        found = [self._run(branch, operands) for branch in jaxprs.branches(equation)]
-        results = []
-        for each in zip(*(results for results, _ in found), strict=True):
-            if leaves_of(each):
-                self._refuse(each, f"is a result of {self._place(equation)}", equation)
-            results.append(index or any(map(row_images.is_data, each)))
-        return results, Inside([tree for _, tree in found])
-
-    def _scan(
-        self, equation: Equation, operands: list[Any]
-    ) -> tuple[list[Any], Inside]:
-        body, num_consts, num_carry = jaxprs.scan_parts(equation)
-        operands = self._only_constants(equation, operands, num_consts)
-        carry = slice(num_consts, num_consts + num_carry)
-        results, tree = self._loop(body, operands, carry)
-        length = equation.params["length"]
-        return results, Inside(tree, lambda found: found.stacked(length))
-
-    def _while(
-        self, equation: Equation, operands: list[Any]
-    ) -> tuple[list[Any], Inside]:
-        loop = jaxprs.while_parts(equation)
-        num_consts = loop.num_condition_consts + loop.num_body_consts
-        operands = self._only_constants(equation, operands, num_consts)
-        body_operands = operands[loop.num_condition_consts :]
-        carry = slice(loop.num_body_consts, len(body_operands))
-        results, body = self._loop(loop.body, body_operands, carry)
-        given = operands[: loop.num_condition_consts] + results
-        _, condition = self._run(loop.condition, given)
-        # JAX takes no gradient through a while loop, and says so where it is asked to.
-        silent = lambda found: found._replace(has_gradient=False)  # noqa: E731
-        return results, Inside([condition, body], silent)
-
-    def _only_constants(
-        self, equation: Equation, operands: list[Any], num_consts: int
-    ) -> list[Any]:
-        changing = operands[num_consts:]
-        self._refuse(changing, f"changes in {self._place(equation)}", equation)
-        return operands[:num_consts] + [bool(row_images.is_data(v)) for v in changing]
-
-    def _loop(
-        self, body: Program, operands: list[Any], carry: slice
-    ) -> tuple[list[Any], Tree]:
-        """A body whose carry is the same before and after it."""
-        operands = list(operands)
-        while True:
-            refused, row_axes = dict(self.refused), dict(self.row_axes)
-            results, tree = self._run(body, operands)
-            after = results[: carry.stop - carry.start]
-            joined = [
-                a or row_images.is_data(b)
-                for a, b in zip(operands[carry], after, strict=True)
-            ]
-            if joined == operands[carry]:
-                return results, tree
-            self.refused, self.row_axes = refused, row_axes
-            operands[carry] = joined
-
-    def _shard_map(
-        self, equation: Equation, operands: list[Any]
-    ) -> tuple[list[Any], Inside]:
-        parts = jaxprs.shard_map_parts(equation)
-        inner: list[Any] = []
-        for value, spec in zip(operands, parts.in_specs, strict=True):
-            split_columns = any(names is not None for names in spec[1:])
-            if leaves_of([value]) and (not isinstance(value, Leaf) or split_columns):
-                what = "is split by columns" if split_columns else "is computed with"
-                why = f"{what} before {self._place(equation)}"
-                self._refuse([value], why, equation)
-                value = True
-            inner.append(value)
-        results, tree = self._run(parts.body, inner)
-        sizes = dict(parts.mesh.shape)
-
-        def of_all_devices(found: Found) -> Found:
-            axes = device_axes(parts, found)
-            devices = int(np.prod([sizes[axis] for axis in axes], dtype=int))
-            outside = found.varying - parts.axes
-            return found.stacked(devices)._replace(varying=outside)
-
-        return results, Inside(tree, of_all_devices)
+    def restore(self, notes: Any) -> None:
+        """Forgets what has been noted since."""
+        vars(self).update(notes)
 
 
-_BODIES: dict[str, Any] = {
-    **dict.fromkeys(jaxprs.CHECKPOINTS, Finder._checkpoint),
-    "cond": Finder._cond,
-    "scan": Finder._scan,
-    "while": Finder._while,
-    "shard_map": Finder._shard_map,
-}
-
-
-def _constant(value: Any) -> bool:
-    """Whether an array in a program is data: NumPy's and numbers are written in it."""
-    return isinstance(value, jax.Array)
+_NOTES = ("refused", "row_axes", "more_row_axes", "by_data", "constants", "all_rows")

@@ -1,6 +1,7 @@
 """The lookups that are found in a program, as a tree like that of its calls."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from monolith_optax._rows.gradients.gather import Lookup
@@ -11,27 +12,29 @@ class Found(NamedTuple):
     """A lookup that has been found.
 
     Attributes:
-      lookup: which rows and columns it takes.
-      leaves: the tables whose rows are looked up: several, if it is in an image of
-        several.
+      lookup: which rows and columns it takes. None for all rows of an image that
+        leaves out rows of its tables.
+      tables: the tables whose rows are looked up, and how many of their axes are rows:
+        several tables, if it is in an image of several.
       ids_shape: the shape of the ids, all iterations and devices included.
+      ids_dtype: their dtype, which is 32 bits wide if that is enough.
       varying: the mesh axes over which the rows differ.
       has_gradient: whether a gradient can come back from it.
       place: the operation and its line.
     """
 
-    lookup: Lookup
-    leaves: tuple[int, ...]
+    lookup: Lookup | None
+    tables: tuple[tuple[int, int], ...]
     ids_shape: tuple[int, ...]
+    ids_dtype: Any
     varying: frozenset[str]
     has_gradient: bool
     place: str
 
     def zeros_shapes(self, types: Sequence[Any]) -> list[tuple[int, ...]]:
         """For each of the tables, the shape of the rows."""
-        row_axes = self.lookup.row_axes
         return [
-            (*self.ids_shape, *types[leaf].shape[row_axes:]) for leaf in self.leaves
+            (*self.ids_shape, *types[leaf].shape[rows:]) for leaf, rows in self.tables
         ]
 
     def stacked(self, *sizes: int) -> "Found":
@@ -39,36 +42,72 @@ class Found(NamedTuple):
         return self._replace(ids_shape=(*sizes, *self.ids_shape))
 
 
-class Inside(NamedTuple):
-    """The lookups inside a call, a loop or another equation that runs programs.
+class Each(NamedTuple):
+    """Something for each lookup of an equation.
 
     Attributes:
-      tree: the lookups, as they are in one run of the program; or for several programs
-        several of these.
-      all_runs: makes of such a lookup all of those that the equation does.
+      taken: for operands that are used whole.
+      lookups: for what the equation itself looks up.
+      programs: for the lookups in each of the programs that it runs.
     """
 
-    tree: list[Any]
+    taken: dict[int, Any]
+    lookups: list[Any]
+    programs: list["dict[int, Each]"]
+
+
+NO_IDS = Each({}, [], [])
+
+
+@dataclass(frozen=True)
+class Node:
+    """What is done about an equation that is given tables.
+
+    Attributes:
+      taken: images of which it uses all rows, by operand.
+      lookups: what it looks up itself.
+      programs: what each of its programs looks up in one run.
+      images: which operands are images in its programs too.
+      passed: which results are such operands, by result.
+      steps: how its results are images, if they are.
+      all_runs: makes of a lookup in a program all of those that the equation does.
+    """
+
+    taken: Mapping[int, Found] = field(default_factory=dict)
+    lookups: Sequence[Found] = ()
+    programs: Sequence["Tree"] = ()
+    images: frozenset[int] = frozenset()
+    passed: Mapping[int, int] = field(default_factory=dict)
+    steps: Sequence[Any] = ()
     all_runs: Callable[[Found], Found] = lambda found: found
 
-    def outside(self) -> "Tree":
-        """The lookups that the equation does, as a tree of lists."""
-        return for_each(self.tree, self.all_runs)
+
+# By the index of an equation in its program what is done about it. At RESULTS are
+# images that are results of the program.
+Tree = dict[int, Node]
+RESULTS = -1
+
+# Arrays for each lookup, by equations.
+Arrays = dict[int, Each]
 
 
-# Lookups in the order of the program; `Found`, `Inside` or further trees.
-Tree = list[Any]
+def for_each(tree: Tree, make: Callable[[Found], Any]) -> Arrays:
+    """What is made of each lookup; a lookup in a loop is all of its runs."""
+    return {index: of_node(tree[index], make) for index in sorted(tree)}
 
 
-def for_each(tree: Tree, make: Callable[[Found], Any]) -> list[Any]:
-    """What is made of each lookup; of those of a call as a list."""
+def of_node(node: Node, make: Callable[[Found], Any]) -> Each:
+    """What is made of each lookup of one equation."""
+    return Each(
+        {operand: make(node.taken[operand]) for operand in sorted(node.taken)},
+        list(map(make, node.lookups)),
+        inside(node, lambda found: make(node.all_runs(found))),
+    )
 
-    def at(node: Any) -> Any:
-        if isinstance(node, Found):
-            return make(node)
-        return for_each(node.outside() if isinstance(node, Inside) else node, make)
 
-    return list(map(at, tree))
+def inside(node: Node, make: Callable[[Found], Any]) -> list[Arrays]:
+    """What is made of each lookup in one run of the programs of an equation."""
+    return [for_each(tree, make) for tree in node.programs]
 
 
 def device_axes(parts: ShardMap, found: Found) -> tuple[str, ...]:
@@ -77,8 +116,8 @@ def device_axes(parts: ShardMap, found: Found) -> tuple[str, ...]:
     return tuple(axis for axis in parts.mesh.axis_names if axis in axes)
 
 
-def tables_of(tree: Tree) -> list[tuple[int, Found]]:
-    """The tables of all lookups, in the order of their zeros and ids."""
-    pairs: list[tuple[int, Found]] = []
-    for_each(tree, lambda found: pairs.extend((leaf, found) for leaf in found.leaves))
-    return pairs
+def lookups_of(tree: Tree) -> list[Found]:
+    """All lookups, in the order of the leaves of their arrays."""
+    found: list[Found] = []
+    for_each(tree, found.append)
+    return found

@@ -1,207 +1,210 @@
 """Images of tables: values of a traced program that have a row for each of a table.
 
-Before a model looks rows up, it may cast a table, scale it, normalise its rows. As long
-as each row of the image depends only on the same row of the tables, the image of the
-rows that are looked up is all that is needed, and nothing as large as a table is made.
+Before a model looks rows up, it may cast a table, scale it, normalise its rows, or take
+a slice of it. As long as each row of the image depends only on one row of the tables,
+the image of the rows that are looked up is all that is needed, and nothing as large as
+a table is made.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
-from monolith_optax._rows.gradients import as_gather
-from monolith_optax._rows.programs import jaxprs, row_rules
-from monolith_optax._rows.programs.jaxprs import Equation, Program, type_of
-from monolith_optax._rows.programs.row_values import MixesRowsError
+import jax
+import numpy as np
+
+from monolith_optax._rows.programs import jaxprs
+from monolith_optax._rows.programs.jaxprs import Equation, type_of
 
 
-@dataclass(frozen=True, eq=False)
-class Leaf:
-    """A table itself: a leaf of the parameters, or a device's part of it.
+class Source(NamedTuple):
+    """A table on whose rows an image depends.
 
     Attributes:
-      index: which leaf it is.
-      array: the table; None while lookups are only being found.
-      first_row: the row of the table with which this part begins.
+      leaf: which leaf of the parameters it is.
+      axes: how many axes it has.
+      part: which part of it, where devices have parts.
+      path: how each row's place in the table follows from that in the image.
+      row_axes: how many of the table's axes are rows, if that is fixed already.
+      partial: whether the image leaves out rows of the table.
     """
 
-    index: int
-    array: Any = None
-    first_row: Any = 0
+    leaf: int
+    axes: int
+    part: Any = None
+    path: tuple[Any, ...] = ()
+    row_axes: int | None = None
+    partial: bool = False
 
-    offsets = property(lambda self: frozenset([(self.index, 0)]))
-    leaves = property(lambda self: frozenset([self.index]))
-    is_data = True
-    rows_first = True
-    elementwise = True
-
-    def whole(self) -> Any:
-        """The table."""
-        return self.array
-
-    def placed(self, equation: Equation) -> "Leaf":
-        """The table after an equation that says on which devices it is."""
-        if self.array is None:
-            return self
-        [array] = jaxprs.bind(equation, [self.array])
-        return Leaf(self.index, array, self.first_row)
+    def rows_with(self, columns: int) -> int:
+        """How many axes are rows, if so many of the image's are columns."""
+        return self.axes - columns if self.row_axes is None else self.row_axes
 
 
-@dataclass(frozen=True, eq=False)
-class Mapped:
-    """A result of an equation that keeps the rows of its operands apart.
+class Facts(NamedTuple):
+    """What is known of an image before it is computed.
 
     Attributes:
-      equation: the equation.
-      operands: its operands, some of which are images.
-      index: which of its results this is.
-      offsets: the tables on whose rows it depends, and which row of it is the first
-        one of each. None for rows that come from nowhere, such as a number broadcast
-        to the shape of a table.
+      sources: the tables on whose rows it depends. None for rows that come from
+        nowhere, such as a number broadcast to the shape of a table.
+      columns: how many of its last axes are columns, at least and at most; the others
+        are rows.
       is_data: whether it depends on more than numbers that are part of the program.
-      rows_first: whether rows are along the first axis. An image for which this is
-        not so serves nothing.
-      elementwise: whether entries, and not only rows, are kept apart.
+      usable: whether anything but a name is known of it: not if its rows are no longer
+        along the first axes. Nothing follows from such an image.
+      detached: whether no gradient comes back from it.
     """
 
-    equation: Equation
-    operands: Sequence[Any]
-    index: int
-    offsets: frozenset[tuple[int, int]]
-    is_data: bool
-    rows_first: bool
-    elementwise: bool
-    _whole: list[Any] = field(default_factory=list)
+    sources: frozenset[Source]
+    columns: tuple[int, int]
+    is_data: bool = True
+    usable: bool = True
+    detached: bool = False
 
     @property
     def leaves(self) -> frozenset[int]:
         """The tables."""
-        return frozenset(leaf for leaf, _ in self.offsets)
+        return frozenset(source.leaf for source in self.sources)
 
-    def whole(self) -> Any:
-        """All rows."""
-        if self._whole:
-            return self._whole[0]
-        array = jaxprs.bind(self.equation, list(map(whole, self.operands)))[self.index]
-        if not self.leaves:  # the others outlive the trace that this belongs to
-            self._whole.append(array)
-        return array
+    @property
+    def partial(self) -> bool:
+        """Whether it leaves out rows of each of its tables."""
+        return all(source.partial for source in self.sources)
 
 
-Image = Leaf | Mapped
+@dataclass(frozen=True, eq=False)
+class Parameter:
+    """A table itself: a leaf of the parameters, or a device's part of it.
+
+    Attributes:
+      leaf: which leaf it is.
+      array: the table; None while lookups are only being found.
+      first_row: the row of the table with which this part begins.
+      facts: what is known of it; None when the program runs.
+    """
+
+    leaf: int
+    array: Any = None
+    first_row: Any = 0
+    facts: Any = None
+
+
+_serial = itertools.count()
+
+
+@dataclass(frozen=True, eq=False)
+class Image:
+    """A result of an equation that keeps the rows of its operands apart.
+
+    Attributes:
+      way: how its rows follow from those of the operands.
+      equation: the equation.
+      operands: its operands, some of which are images.
+      index: which of its results this is.
+      facts: what is known of it.
+      serial: larger than that of its operands.
+    """
+
+    way: Any
+    equation: Equation
+    operands: Sequence[Any]
+    index: int
+    facts: Facts
+    serial: int = field(default_factory=lambda: next(_serial))
+
+
+class Known:
+    """A number that is written in a program, or computed from such numbers."""
+
+    def __init__(self, equation: Equation | None, operands: Sequence[Any]) -> None:
+        self._equation, self._operands = equation, operands
+
+    def value(self) -> int:
+        """The number."""
+        if self._equation is None:
+            return int(self._operands[0])
+        with jax.ensure_compile_time_eval():
+            operands = [
+                np.asarray(v.value(), t.dtype)
+                for v, t in zip(
+                    self._operands, map(type_of, self._equation.invars), strict=True
+                )
+            ]
+            return int(jaxprs.bind(self._equation, operands)[0])
 
 
 def is_image(value: Any) -> bool:
     """Whether a value is an image of tables, or of none."""
-    return isinstance(value, Leaf | Mapped)
+    return isinstance(value, Parameter | Image)
 
 
 def leaves_of(values: Sequence[Any]) -> frozenset[int]:
     """The tables of which some values are images."""
-    return frozenset().union(*(value.leaves for value in values if is_image(value)))
+    found = [value.facts.leaves for value in values if is_image(value)]
+    return frozenset().union(*found) if found else frozenset()
 
 
-def whole(value: Any) -> Any:
-    """All of an image, or the value itself."""
-    return value.whole() if is_image(value) else value
+def is_table(value: Any) -> bool:
+    """Whether a value is an image of at least one table."""
+    if isinstance(value, Parameter):
+        return True
+    return isinstance(value, Image) and bool(value.facts.sources)
 
 
 def is_data(value: Any) -> bool:
-    """Whether a value depends on data; of other values this is all that is known."""
-    return bool(value.is_data if is_image(value) else value)
+    """Whether a value depends on data; of other values this is nearly all we know."""
+    return bool(value.facts.is_data if is_image(value) else value is True)
 
 
-def mapped(equation: Equation, operands: Sequence[Any]) -> list[Any] | None:
-    """The results as images, or None if an equation does not keep rows apart."""
-    images = [value for value in operands if is_image(value)]
-    if not all(image.rows_first for image in images):
-        return None
-    name = equation.primitive.name
-    if name in _PLACEMENTS and isinstance(operands[0], Leaf):
-        return [operands[0].placed(equation)]
-    if name in _HINTS and len(images) == len(operands):
-        return list(operands)
-    turned = name == "transpose" and equation.params["permutation"][0] != 0
-    if not turned and not _keeps_rows(equation, operands):
-        return None
-    offsets = _offsets(equation, operands)
-    leaves = frozenset(leaf for leaf, _ in offsets)
-    if len(offsets) > len(leaves):  # several rows of one table in one
-        return None
-    # Values are arrays when the program runs, and bools when it is only read.
-    from_data = bool(leaves) or any(
-        v is True or (is_image(v) and v.is_data) for v in operands
-    )
-    elementwise = name in row_rules.ELEMENTWISE and all(
-        value.elementwise if is_image(value) else not type_of(operand).shape
-        for operand, value in zip(equation.invars, operands, strict=True)
-    )
-    return [
-        Mapped(equation, operands, index, offsets, from_data, not turned, elementwise)
-        for index in range(len(equation.outvars))
-    ]
+def which_tables(values: Sequence[Any]) -> frozenset[int]:
+    """Which of some values are images of tables."""
+    return frozenset(i for i, value in enumerate(values) if is_table(value))
 
 
-def _offsets(equation: Equation, operands: Sequence[Any]) -> frozenset[tuple[int, int]]:
-    found: set[tuple[int, int]] = set()
-    first_row = 0
-    for operand, value in zip(equation.invars, operands, strict=True):
-        if is_image(value):
-            found |= {(leaf, first_row + offset) for leaf, offset in value.offsets}
-        if as_gather.is_concatenation(equation):
-            first_row += type_of(operand).shape[0]
-    return frozenset(found)
+def without_other_images(values: Sequence[Any]) -> list[Any]:
+    """Values of which images of no tables are no images any more."""
+    return [is_data(v) if is_image(v) and not is_table(v) else v for v in values]
 
 
-def made(equation: Equation, num_rows: frozenset[int]) -> bool:
-    """Whether an equation makes as many rows as a table has, from nothing as large."""
-    if equation.primitive.name not in ("broadcast_in_dim", "iota"):
-        return False
-    shape = type_of(equation.outvars[0]).shape
-    if not shape or shape[0] not in num_rows:
-        return False
-    return row_rules.plan(equation, [False] * len(equation.invars)) is not None
+class Scope:
+    """The whole arrays of images, in one run of a program.
+
+    Each run has its own: an array must not leave the trace in which it was made.
+    """
+
+    def __init__(self) -> None:
+        self._made: dict[int, Any] = {}
+
+    def whole(self, value: Any) -> Any:
+        """All of an image, or the value itself."""
+        if not isinstance(value, Image):
+            return value.array if isinstance(value, Parameter) else value
+        for image in in_order(value, lambda image: image.operands, self._made):
+            self._made[image.serial] = jaxprs.bind(
+                image.equation, [self._known(v) for v in image.operands]
+            )[image.index]
+        return self._made[value.serial]
+
+    def _known(self, value: Any) -> Any:
+        return (
+            self._made[value.serial] if isinstance(value, Image) else self.whole(value)
+        )
 
 
-# What these say of whole tables need not hold for some rows.
-_HINTS = ("sharding_constraint", "optimization_barrier")
-VARYING = ("pvary", "pcast")
-_PLACEMENTS = ("sharding_constraint", "reshard", "mesh_cast", *VARYING)
+def in_order(image: Image, needed: Any, done: Any) -> list[Image]:
+    """Images on which one depends, and it itself, each after what it depends on.
 
-
-def _keeps_rows(equation: Equation, operands: Sequence[Any]) -> bool:
-    if equation.primitive.name in jaxprs.CUSTOM_DERIVATIVES:
-        program = jaxprs.called_program(equation)
-        assert program is not None
-        results = _results(program, operands)
-        return results is not None and all(map(is_image, results))
-    if equation.primitive.name in as_gather.CHANGES:
-        others = leaves_of(operands[1:])
-        return not others and as_gather.changed_row(equation) is not None
-    if as_gather.is_concatenation(equation):
-        return True
-    return row_rules.plan(equation, list(map(is_image, operands))) is not None
-
-
-def _results(program: Program, operands: Sequence[Any]) -> list[Any] | None:
-    """What a program makes of images, or None if it does not keep rows apart."""
-
-    def step(equation: Equation, operands: list[Any]) -> Sequence[Any]:
-        if not any(map(is_image, operands)):
-            return [True] * len(equation.outvars)
-        called, name = None, equation.primitive.name
-        if name in jaxprs.CALLS:
-            called = jaxprs.called_program(equation)
-        results = _results(called, operands) if called else mapped(equation, operands)
-        if (
-            results is None
-            or as_gather.is_concatenation(equation)
-            or name in as_gather.CHANGES
-        ):
-            raise MixesRowsError("mixes rows", equation)
-        return results
-
-    try:
-        return jaxprs.interpret(program, operands, step, lambda _: True)
-    except MixesRowsError:
-        return None
+    Args:
+      image: the image.
+      needed: the values on which an image depends.
+      done: the serial numbers of images that are not needed any more.
+    """
+    found: dict[int, Image] = {}
+    left = [image]
+    while left:
+        each = left.pop()
+        if each.serial not in found and each.serial not in done:
+            found[each.serial] = each
+            left += [value for value in needed(each) if isinstance(value, Image)]
+    return [found[serial] for serial in sorted(found)]

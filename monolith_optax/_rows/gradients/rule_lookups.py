@@ -38,22 +38,29 @@ class NotRowsError(Exception):
 
 
 class Rule:
-    """A function and its derivative rule, as one program."""
+    """A function and its derivative rule, as one program.
+
+    Attributes:
+      program: from operands and cotangents of results to results and cotangents of
+        operands.
+      cotangents: the variables of the cotangents that it gets.
+      gradients: for each operand that has a derivative, the cotangent that it gets.
+    """
 
     def __init__(self, equation: Equation) -> None:
         """Traces the rule of an equation that has one."""
-        self._program = jaxprs.inlined(_both(equation))
-        jaxpr = self._program.jaxpr
+        self.program = jaxprs.inlined(_both(equation))
+        jaxpr = self.program.jaxpr
         count = len(equation.invars)
-        self._operands, self._cotangents = jaxpr.invars[:count], jaxpr.invars[count:]
+        self._operands, self.cotangents = jaxpr.invars[:count], jaxpr.invars[count:]
         self._outputs = differentiable(equation.outvars)
         count = len(equation.outvars)
         self._results = jaxpr.outvars[:count]
-        self._gradients = dict(
+        self.gradients = dict(
             zip(differentiable(equation.invars), jaxpr.outvars[count:], strict=True)
         )
         self._made_by = {out: each for each in jaxpr.eqns for out in each.outvars}
-        self._from_cotangents = set(self._cotangents)
+        self._from_cotangents = set(self.cotangents)
         for each in jaxpr.eqns:
             if any(is_variable(x) and x in self._from_cotangents for x in each.invars):
                 self._from_cotangents.update(each.outvars)
@@ -64,16 +71,14 @@ class Rule:
         Raises:
           NotRowsError: the cotangent is anything else.
         """
-        if self._program.effects:
+        if self.program.effects:
             raise NotRowsError("goes with prints or sums over devices")
-        return self._added_to(self._gradients[operand], set())
+        return self._added_to(self.gradients[operand], set())
 
     def sources(self, variable: Any) -> tuple[list[int], list[Any]]:
         """The operands and the constants on which a variable depends."""
-        needed = jaxprs.needed(self._program, [variable], ())
-        constants = zip(
-            self._program.jaxpr.constvars, self._program.consts, strict=True
-        )
+        needed = jaxprs.needed(self.program, [variable], ())
+        constants = zip(self.program.jaxpr.constvars, self.program.consts, strict=True)
         return (
             [i for i, operand in enumerate(self._operands) if operand in needed],
             [value for constant, value in constants if constant in needed],
@@ -83,7 +88,7 @@ class Rule:
         """Where the rows are, for each of some scatters."""
         given = dict(zip(self._operands, operands, strict=True))
         wanted = [scatter.indices for scatter in scatters]
-        return jaxprs.evaluate(self._program, given, wanted)
+        return jaxprs.evaluate(self.program, given, wanted)
 
     def run(
         self,
@@ -100,8 +105,8 @@ class Rule:
           rows: for each scatter the rows that get a gradient instead.
           scatters: what is added to the cotangents of the tables.
         """
-        wanted = [atom for i, atom in self._gradients.items() if i not in tables]
-        others = [i for i in self._gradients if i not in tables]
+        wanted = [atom for i, atom in self.gradients.items() if i not in tables]
+        others = [i for i in self.gradients if i not in tables]
         wanted += [each.updates for each in scatters]
         wanted += [each.indices for each in scatters]
         kept = self._kept(wanted)
@@ -109,7 +114,7 @@ class Rule:
         def forward(operands: Any, rows: Any) -> Any:
             given = dict(zip(self._operands, operands, strict=True))
             all_wanted = [*self._results, *kept]
-            values = jaxprs.evaluate(self._program, given, all_wanted)
+            values = jaxprs.evaluate(self.program, given, all_wanted)
             count = len(self._results)
             return values[:count], (values[count:], rows)
 
@@ -117,8 +122,8 @@ class Rule:
             values, rows = residuals
             given = dict(zip(kept, values, strict=True))
             some = [cotangents[i] for i in self._outputs]
-            given.update(zip(self._cotangents, some, strict=True))
-            found = iter(jaxprs.evaluate(self._program, given, wanted))
+            given.update(zip(self.cotangents, some, strict=True))
+            found = iter(jaxprs.evaluate(self.program, given, wanted))
             of_operands: list[Any] = [None] * len(self._operands)
             for i in others:
                 of_operands[i] = next(found)
@@ -169,9 +174,9 @@ class Rule:
 
     def _kept(self, wanted: Sequence[Any]) -> list[Any]:
         """The variables that the function keeps for its rule."""
-        needed = jaxprs.needed(self._program, wanted, ())
+        needed = jaxprs.needed(self.program, wanted, ())
         kept = dict.fromkeys(filter(is_variable, wanted))
-        for equation in self._program.jaxpr.eqns:
+        for equation in self.program.jaxpr.eqns:
             if self._from_cotangents.intersection(equation.outvars) & needed:
                 kept.update(dict.fromkeys(filter(is_variable, equation.invars)))
         return [each for each in kept if each not in self._from_cotangents]

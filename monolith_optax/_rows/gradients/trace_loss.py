@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from monolith_optax._rows.programs import jaxprs
@@ -19,6 +18,8 @@ class Loss(NamedTuple):
       names: what they are called.
       structure: the tree of params.
       with_arrays: makes the auxiliary output of its arrays.
+      from_numpy: whether arrays that are written in the program may be data, as there
+        are NumPy arrays among the arguments.
     """
 
     program: jaxprs.Program
@@ -26,6 +27,7 @@ class Loss(NamedTuple):
     names: list[str]
     structure: Any
     with_arrays: Callable[[list[Any]], Any]
+    from_numpy: bool
 
     @property
     def types(self) -> list[Any]:
@@ -33,19 +35,17 @@ class Loss(NamedTuple):
         return list(map(jax.typeof, self.leaves))
 
 
-def trace(
+def trace_loss(
     fun: Callable[..., Any], has_aux: bool, params: Any, args: Any, kwargs: Any
 ) -> Loss:
     paths, structure = jax.tree.flatten_with_path(params)
-    args = tuple(map(_as_data, args))
-    kwargs = {name: _as_data(value) for name, value in kwargs.items()}
     aux: list[Any] = []
     aux_structure: Any = None
 
     def flat(*leaves: Any) -> list[Any]:
         nonlocal aux, aux_structure
         result = fun(jax.tree.unflatten(structure, leaves), *args, **kwargs)
-        value, rest = result if has_aux else (result, None)
+        value, rest = _pair(result) if has_aux else (_scalar(result), None)
         aux, aux_structure = jax.tree.flatten(rest)
         arrays = [leaf for leaf in aux if isinstance(leaf, jax.Array)]
         aux = [_ARRAY if isinstance(leaf, jax.Array) else leaf for leaf in aux]
@@ -61,37 +61,47 @@ def trace(
 
     keystr = jax.tree_util.keystr
     names = [keystr(p, simple=True, separator=".") or "params" for p, _ in paths]
-    return Loss(program, leaves, names, structure, with_arrays)
+    arrays = list(filter(_is_numpy, jax.tree.leaves((args, kwargs))))
+    for array in arrays:
+        _check_uncut(array, program)
+    return Loss(program, leaves, names, structure, with_arrays, bool(arrays))
 
 
 # Stands for an array of the auxiliary output.
 _ARRAY = object()
 
 
-def _as_data(argument: Any) -> Any:
-    """An argument with JAX's arrays for NumPy's, which are constants of a program.
-
-    Raises:
-      ValueError: JAX would cut an integer to 32 bits, and look up another row.
-    """
-
-    def is_numbers(leaf: Any) -> bool:
-        return isinstance(leaf, np.ndarray) and leaf.dtype.kind in "biufc"
-
-    if not any(map(is_numbers, jax.tree.leaves(argument))):
-        return argument
-    return jax.tree.map(lambda x: _uncut(x) if is_numbers(x) else x, argument)
+def _pair(result: Any) -> Any:
+    if not isinstance(result, tuple) or len(result) != 2:
+        raise TypeError(
+            "With has_aux=True the function must return a pair of a scalar and what is "
+            f"passed on, but it returned {result!r}."
+        )
+    return _scalar(result[0]), result[1]
 
 
-def _uncut(array: np.ndarray) -> jax.Array:
-    result = jnp.asarray(array)
-    if array.dtype.itemsize > result.dtype.itemsize and array.dtype.kind in "iu":
-        changed = array[np.asarray(result) != array]
-        if changed.size:
-            raise ValueError(
-                f"A batch has the integer {changed[0]} of 64 bits, which JAX would cut "
-                "to 32 bits: as an id, it would look up the row of another. Give rows "
-                "that monolith_optax.IdMap has made of ids, or leave out integers that "
-                "are not ids."
-            )
-    return result
+def _scalar(value: Any) -> Any:
+    if not jax.tree_util.treedef_is_leaf(jax.tree.structure(value)):
+        raise TypeError(
+            f"Gradients are those of a scalar, but the function returned {value!r}. If "
+            "the rest of it is to be passed on, return a pair and say has_aux=True."
+        )
+    return value
+
+
+def _is_numpy(leaf: Any) -> bool:
+    return isinstance(leaf, np.ndarray) and leaf.dtype.kind in "biuf"
+
+
+def _check_uncut(array: np.ndarray, program: jaxprs.Program) -> None:
+    """Raises an error if JAX has cut integers of an argument to 32 bits."""
+    dtype = jax.dtypes.canonicalize_dtype(array.dtype)
+    cut = array.astype(dtype)
+    changed = array[cut != array]
+    if array.dtype.kind in "iu" and changed.size and jaxprs.holds(program, cut):
+        raise ValueError(
+            f"A batch has the integer {changed[0]} of 64 bits, which JAX would cut "
+            "to 32 bits: as an id, it would look up the row of another. Give rows "
+            "that monolith_optax.IdMap has made of ids, or leave out integers that "
+            "are not ids."
+        )

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 
 from monolith_optax._rows.gradients.add_zeros import add
 from monolith_optax._rows.gradients.choose_tables import Choice, choose
-from monolith_optax._rows.gradients.lookup_tree import Found, for_each, tables_of
-from monolith_optax._rows.gradients.row_images import Leaf, whole
-from monolith_optax._rows.gradients.trace_loss import Loss, trace
+from monolith_optax._rows.gradients.lookup_tree import Found, for_each, lookups_of
+from monolith_optax._rows.gradients.row_images import Parameter
+from monolith_optax._rows.gradients.trace_loss import Loss, trace_loss
 from monolith_optax._rows.programs import jaxprs
 from monolith_optax._rows.slices.row_slices import RowSlices
 
@@ -103,7 +103,7 @@ class ValueAndRowGrad(Generic[Params, Others, Result]):
         self, params: Params, *args: Others.args, **kwargs: Others.kwargs
     ) -> tuple[Result, Any]:
         """The value of the function, or the pair, and the gradients."""
-        loss = trace(self._fun, self._has_aux, params, args, kwargs)
+        loss = trace_loss(self._fun, self._has_aux, params, args, kwargs)
         choice = choose(loss, self._tables)
         (value, aux), gradients = _differentiate(loss, choice)
         result: Any = (value, loss.with_arrays(aux)) if self._has_aux else value
@@ -122,11 +122,12 @@ class ValueAndRowGrad(Generic[Params, Others, Result]):
         Returns:
           A line for each leaf of params.
         """
-        loss = trace(self._fun, self._has_aux, params, args, kwargs)
+        loss = trace_loss(self._fun, self._has_aux, params, args, kwargs)
         choice = choose(loss, self._tables)
         places: dict[int, dict[str, None]] = {leaf: {} for leaf in choice.tables}
-        for leaf, found in tables_of(choice.tree):
-            places[leaf][found.place] = None
+        for found in lookups_of(choice.tree):
+            for leaf, _ in found.tables:
+                places[leaf][found.place] = None
         return "\n".join(
             f"{name}: rows, looked up by {', '.join(places[leaf]) or 'nothing'}"
             if leaf in choice.tables
@@ -137,22 +138,21 @@ class ValueAndRowGrad(Generic[Params, Others, Result]):
 
 def _differentiate(loss: Loss, choice: Choice) -> tuple[tuple[Any, Any], list[Any]]:
     types, tables = loss.types, choice.tables
-    num_rows = frozenset(types[leaf].shape[0] for leaf in tables)
 
     def zeros_of(found: Found) -> list[Any]:
-        shapes = zip(found.leaves, found.zeros_shapes(types), strict=True)
+        pairs = zip(found.tables, found.zeros_shapes(types), strict=True)
+        # Minus zero: plus zero would make plus zeros of rows of minus zeros.
         return [
-            jaxprs.as_varying(jnp.zeros(shape, types[leaf].dtype), found.varying)
-            for leaf, shape in shapes
+            jaxprs.as_varying(-jnp.zeros(shape, types[leaf].dtype), found.varying)
+            for (leaf, _), shape in pairs
         ]
 
     def run(dense: list[Any], zeros: Any) -> Any:
         operands = [
-            Leaf(index, leaf) if index in tables else dense[index]
+            Parameter(index, leaf) if index in tables else dense[index]
             for index, leaf in enumerate(loss.leaves)
         ]
-        results, ids = add(loss.program, operands, choice.tree, zeros, num_rows)
-        value, *aux = map(whole, results)
+        (value, *aux), ids = add(loss.program, operands, choice.tree, zeros)
         return value, (aux, ids)
 
     dense = [None if i in tables else leaf for i, leaf in enumerate(loss.leaves)]
@@ -160,11 +160,12 @@ def _differentiate(loss: Loss, choice: Choice) -> tuple[tuple[Any, Any], list[An
     zeros = for_each(choice.tree, zeros_of)
     (value, (aux, ids)), (gradients, rows) = grad(dense, zeros)
     parts: dict[int, list[RowSlices]] = {leaf: [] for leaf in tables}
-    for (leaf, found), *part in zip(
-        tables_of(choice.tree), *map(jax.tree.leaves, (ids, rows)), strict=True
-    ):
-        if found.has_gradient:
-            parts[leaf].append(RowSlices(*part))
+    pairs = zip(*map(jax.tree.leaves, (ids, rows)), strict=True)
+    for found in lookups_of(choice.tree):
+        for leaf, _ in found.tables:
+            part = RowSlices(*next(pairs))
+            if found.has_gradient:
+                parts[leaf].append(part)
     for leaf in tables:
         gradients[leaf] = _total(parts[leaf], types[leaf], choice.row_axes[leaf])
     return (value, aux), gradients

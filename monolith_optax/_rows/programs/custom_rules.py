@@ -44,15 +44,22 @@ def run_with_derivatives(
     assert program is not None
     if kinds is None:
         kinds = _kinds(run, program, operands)
-    tables = [kind.table for kind in kinds]
+    table = next(value.table for value in operands if isinstance(value, Rows))
+    on_rows = [kind.table is not None for kind in kinds]
 
-    def function(*arrays: Any) -> list[Any]:
-        values = run(program, _values(arrays, operands))
-        return [value.at(t) for value, t in zip(values, tables, strict=True)]
+    # JAX may run a rule after the trace in which it was made, so it takes all arrays as
+    # arguments, ids too.
+    def function(ids: Any, *arrays: Any) -> list[Any]:
+        here = table.with_ids(ids)
+        values = run(program, _values(arrays, operands, here))
+        return [
+            value.at(here if by_row else None)
+            for value, by_row in zip(values, on_rows, strict=True)
+        ]
 
     add_rule = _with_jvp if equation.primitive.name == "custom_jvp_call" else _with_vjp
-    arrays = add_rule(function, run, equation, operands, tables)(
-        *(value.at(_table(value)) for value in operands)
+    arrays = add_rule(function, run, equation, operands, table, on_rows)(
+        table.ids, *(value.at(_table(value)) for value in operands)
     )
     return [
         known_as(array, kind.table, kind.constant)
@@ -72,7 +79,12 @@ def _kinds(run: Run, program: Program, operands: list[Value]) -> list[Kind]:
 
 
 def _with_jvp(
-    function: Any, run: Run, equation: Equation, operands: list[Value], tables: Any
+    function: Any,
+    run: Run,
+    equation: Equation,
+    operands: list[Value],
+    table: Table,
+    on_rows: list[bool],
 ) -> Any:
     ours = jax.custom_jvp(function)
     inputs, outputs = differentiable(equation.invars), differentiable(equation.outvars)
@@ -83,26 +95,37 @@ def _with_jvp(
 
     @ours.defjvp
     def rule(primals: Any, tangents: Any) -> Any:
+        (ids, *primals), (_, *tangents) = primals, tangents
+        here = table.with_ids(ids)
         types = list(map(type_of, equation.invars))
         program, _ = jaxprs.trace(whole_tangents, types, [types[i] for i in inputs])
         tangent_values = [
-            known_as(tangents[i], _table(operands[i]), _of_tangent(operands[i]))
+            known_as(
+                tangents[i],
+                here if isinstance(operands[i], Rows) else None,
+                _of_tangent(operands[i]),
+            )
             for i in inputs
         ]
-        found = run(program, [*_values(primals, operands), *tangent_values])
-        results = ours(*primals)
+        found = run(program, [*_values(primals, operands, here), *tangent_values])
+        results = ours(ids, *primals)
         after: list[Any] = [
             np.zeros(jnp.shape(result), jax.dtypes.float0) for result in results
         ]
         for i, value in zip(outputs, found, strict=True):
-            after[i] = value.at(tables[i])
+            after[i] = value.at(here if on_rows[i] else None)
         return results, after
 
     return ours
 
 
 def _with_vjp(
-    function: Any, run: Run, equation: Equation, operands: list[Value], tables: Any
+    function: Any,
+    run: Run,
+    equation: Equation,
+    operands: list[Value],
+    table: Table,
+    on_rows: list[bool],
 ) -> Any:
     ours = jax.custom_vjp(function)
     inputs, outputs = differentiable(equation.invars), differentiable(equation.outvars)
@@ -115,22 +138,26 @@ def _with_vjp(
         return ours(*primals), primals
 
     def backward(primals: Any, cotangents: Any) -> Any:
+        ids, *primals = primals
+        here = table.with_ids(ids)
         types = list(map(type_of, equation.invars))
         result_types = [type_of(equation.outvars[i]) for i in outputs]
         program, _ = jaxprs.trace(whole_cotangents, types, result_types)
         # No row of the table but those of the batch has a result.
-        some = [known_as(cotangents[i], tables[i], ZERO) for i in outputs]
-        found = run(program, [*_values(primals, operands), *some])
+        some = [
+            known_as(cotangents[i], here if on_rows[i] else None, ZERO) for i in outputs
+        ]
+        found = run(program, [*_values(primals, operands, here), *some])
         after: list[Any] = [None] * len(operands)
         for i, value in zip(inputs, found, strict=True):
-            table = _table(operands[i])
-            if table is None and isinstance(value, Rows):
+            by_row = isinstance(operands[i], Rows)
+            if not by_row and isinstance(value, Rows):
                 raise MixesRowsError(
                     f"has a derivative that depends on rows of {value.table.name}",
                     equation,
                 )
-            after[i] = value.at(table)
-        return tuple(after)
+            after[i] = value.at(here if by_row else None)
+        return (None, *after)
 
     ours.defvjp(forward, backward)
     return ours
@@ -140,9 +167,9 @@ def _table(value: Value) -> Table | None:
     return value.table if isinstance(value, Rows) else None
 
 
-def _values(arrays: Any, operands: list[Value]) -> list[Value]:
+def _values(arrays: Any, operands: list[Value], here: Table) -> list[Value]:
     return [
-        known_as(array, _table(value), value.constant)
+        known_as(array, here if isinstance(value, Rows) else None, value.constant)
         for array, value in zip(arrays, operands, strict=True)
     ]
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import jax
+import numpy as np
 from jax import lax
 from jax.extend import core, source_info_util
 from jax.sharding import PartitionSpec
@@ -147,6 +148,18 @@ def standing_at(equation: Equation) -> Iterator[None]:
         yield
 
 
+def holds(program: Program, array: np.ndarray) -> bool:
+    """Whether an array is written in a program or in one that it calls."""
+    calls = filter(None, map(called_program, program.jaxpr.eqns))
+    return any(
+        np.shape(each) == array.shape
+        and np.result_type(each) == array.dtype
+        and np.array_equal(np.asarray(each), array)
+        for each in program.consts
+        if not isinstance(each, jax.core.Tracer)
+    ) or any(holds(called, array) for called in calls)
+
+
 def is_variable(atom: core.Var | core.Literal) -> bool:
     """Whether an operand or result of an equation is no number written in it."""
     return not isinstance(atom, core.Literal)
@@ -279,3 +292,9 @@ def as_varying(array: Any, axes: frozenset[str]) -> Any:
     if hasattr(lax, "pcast"):
         return lax.pcast(array, more, to="varying")
     return getattr(lax, "pvary")(array, more)  # noqa: B009 (of JAX 0.8)
+
+
+def alike(arrays: Sequence[Any]) -> list[Any]:
+    """Arrays that differ over the same mesh axes: over all that one of them does."""
+    axes = frozenset().union(*(varying(jax.typeof(array)) for array in arrays))
+    return [as_varying(array, axes) for array in arrays] if axes else list(arrays)

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from monolith_optax._rows.programs.jaxprs import Equation, bind, type_of
+from monolith_optax._rows.programs.jaxprs import Equation, alike, bind, type_of
 from monolith_optax._rows.programs.primitives import ELEMENTWISE as ELEMENTWISE
 from monolith_optax._rows.programs.primitives import MAKERS
 from monolith_optax._shardings import without_row_axes
@@ -47,7 +47,8 @@ class Plan:
                 operand if row else self._with_one_row_axis(operand)
                 for row, operand in zip(self.by_row, operands, strict=True)
             ]
-        return bind(self.equation, operands, **shardings | self.sizes(num_rows))
+        params = shardings | self.sizes(num_rows)
+        return bind(self.equation, alike(operands), **params)
 
     def _with_one_row_axis(self, operand: Any) -> Any:
         """A whole operand whose row axes all have the length 1, if it has any."""

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from choosing import sampled
 from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -162,3 +163,64 @@ def test_automatic_meshes(params):
     place = functools.partial(jax.device_put, device=NamedSharding(mesh, P("x")))
     split = {"t": place(params["t"]), "w": params["w"]}
     check(local, split, place(IDS), rows={"t"})
+
+
+IMAGES = {
+    "itself": lambda t: t,
+    "scaled": lambda t: t * 2,
+    "activated": jax.nn.relu,
+    "narrow": lambda t: t.astype(jnp.bfloat16).astype(float),
+    "padded": lambda t: jnp.concatenate([jnp.zeros((1, D)), t]),
+    "changed": lambda t: t.at[1].set(0.5),
+    "slice": lambda t: t[1:],
+}
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("check_vma", [False, True])
+@pytest.mark.parametrize(
+    "name", sampled(IMAGES, "itself", "activated", "padded", "slice")
+)
+def test_images_inside_shard_map(params, name, check_vma, axis_type):
+    mesh = mesh_of(axis_type)
+
+    @functools.partial(
+        jax.shard_map,
+        mesh=mesh,
+        in_specs=(P(), P(("x", "y"))),
+        out_specs=P(),
+        check_vma=check_vma,
+    )
+    def total(params, ids):
+        found = IMAGES[name](params["t"])[ids % 8]
+        return lax.psum(head(params, found), ("x", "y"))
+
+    with jax.set_mesh(mesh):
+        everywhere = NamedSharding(mesh, P())
+        split = NamedSharding(mesh, P(("x", "y")))
+        ids = jax.device_put(IDS, split)
+        rtol = 1e-2 if name == "narrow" else 1e-10
+        check(total, jax.device_put(params, everywhere), ids, rows={"t"}, rtol=rtol)
+
+
+TWICE = {
+    "both looked up": lambda a, b, i: a[i % 4] * b[i % 8],
+    "product": lambda a, b, i: (a[:4] * b[:4])[i % 4],
+}
+
+
+@pytest.mark.parametrize("name", TWICE)
+def test_a_table_given_twice_and_split_along_two_axes(params, name):
+    @functools.partial(
+        jax.shard_map,
+        mesh=mesh_of(AxisType.Auto),
+        in_specs=(P("x"), P("y"), P(), P(("x", "y"))),
+        out_specs=P(),
+    )
+    def total(a, b, params, ids):
+        return lax.psum(head(params, TWICE[name](a, b, ids)), ("x", "y"))
+
+    def loss(params, ids):
+        return total(params["t"], params["t"], {"w": params["w"]}, ids)
+
+    check(loss, params, jnp.asarray(IDS), rows={"t"})

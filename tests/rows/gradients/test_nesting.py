@@ -147,7 +147,7 @@ def test_a_vmapped_cond_is_dense_as_jax_repeats_the_table_for_it():
     params = {"t": normal(N, D)}
     check(in_vmapped_cond, params, IDS, rows=set())
     why = value_and_row_grad(in_vmapped_cond).explain(params, IDS)
-    assert why.startswith("t: dense, as it is used by broadcast_in_dim at test_nesting")
+    assert why.startswith("t: dense, as it is used by select_n at test_nesting.py:")
 
 
 def test_a_checkpoint_keeps_its_policy():

@@ -76,9 +76,7 @@ def test_the_choice_does_not_depend_on_how_much_there_is(num_rows):
 
 WITHOUT_IDS = {
     "[]": (lambda t, i: t[i], (10, 3)),
-    "one column": (lambda t, i: t[i, :1], (10, 3)),
     "take": (lambda t, i: jnp.take(t, i, axis=0), (10, 3)),
-    "numbers": (lambda t, i: t[i], (10,)),
     "matrices": (lambda t, i: t[i], (10, 3, 2)),
     "vmap": (lambda t, i: jax.vmap(lambda j: t[j])(i), (10, 3)),
     "jit": (jax.jit(lambda t, i: jax.nn.relu(t[i])), (10, 3)),
@@ -98,6 +96,14 @@ def test_a_batch_without_ids_gives_rows(name):
     none = check(loss, params, jnp.zeros(0, int), rows={"t"}, jit=False)
     assert none["t"].row_shape == some["t"].row_shape
     assert none["t"].ids.size == 0
+
+
+def test_no_ids_make_no_tables_of_other_leaves_that_are_not_used():
+    def loss(params, ids):
+        return jnp.sum(jnp.sin(params["t"][ids]))
+
+    params = {"t": jnp.ones((10, 3)), "bias": jnp.ones(3), "kernel": jnp.ones((3, 2))}
+    check(loss, params, jnp.zeros(0, int), rows={"t"}, jit=False)
 
 
 def tied(params, users, pairs):

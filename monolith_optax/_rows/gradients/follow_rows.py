@@ -1,0 +1,367 @@
+"""Which equations keep the rows of images apart, and how rows then follow.
+
+`follow` decides it from what is known of images. A way, of which there is one for each
+kind of equation, gives the rows of a result where they are looked up.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from monolith_optax._rows.gradients import as_gather, row_maps
+from monolith_optax._rows.gradients.linear_rules import check_rule
+from monolith_optax._rows.gradients.positions import Positions
+from monolith_optax._rows.gradients.row_images import (
+    Facts,
+    Image,
+    Known,
+    Parameter,
+    Source,
+    is_data,
+    is_image,
+    is_table,
+    leaves_of,
+)
+from monolith_optax._rows.programs import jaxprs, row_rules
+from monolith_optax._rows.programs.jaxprs import Equation, Program, type_of
+from monolith_optax._rows.programs.primitives import HINTS
+from monolith_optax._rows.programs.row_values import MixesRowsError
+
+
+class Way(Protocol):
+    """How rows of a result follow from those of the operands."""
+
+    moves: ClassVar[bool]  # whether these are at other positions
+
+    def rows(self, image: Image, at: Positions) -> Any:
+        """The rows of the image at some positions, one after the other."""
+
+
+class Step(NamedTuple):
+    """How a result follows, and what is known of it; no way if it is its operand."""
+
+    way: Way | None
+    facts: Facts
+
+
+Steps = list[Step]
+
+
+def images(
+    equation: Equation, operands: Sequence[Any], steps: Sequence[Step]
+) -> list[Any]:
+    """The results of an equation that is followed."""
+    return [
+        _placed(equation, operands[index])
+        if way is None
+        else Image(way, equation, operands, index, facts)
+        for index, (way, facts) in enumerate(steps)
+    ]
+
+
+def _placed(equation: Equation, value: Any) -> Any:
+    """An operand after an equation that says on which devices it is."""
+    if not isinstance(value, Parameter) or value.array is None:
+        return value
+    if equation.primitive.name not in _PLACEMENTS:
+        return value
+    [array] = jaxprs.bind(equation, [value.array])
+    return Parameter(value.leaf, array, value.first_row)
+
+
+def follow(equation: Equation, values: Sequence[Any]) -> Steps | None:
+    """How the results are images, or None if an equation does not keep rows apart.
+
+    Operands that are images are known by what they are, and of others all that is
+    known is whether they are data.
+    """
+    found = [value for value in values if is_image(value)]
+    if not all(image.facts.usable for image in found):
+        return None
+    name = str(equation.primitive.name)
+    if name in _PLACEMENTS and isinstance(values[0], Parameter):
+        return [Step(None, values[0].facts)]
+    if name in HINTS and len(found) == len(values):
+        return [Step(None, value.facts) for value in values]
+    way = _way(equation, values)
+    if way is None:
+        return _moved(equation, values) or _turned(equation, values)
+    facts = _combined(equation, values)
+    return facts and [Step(way, facts)] * len(equation.outvars)
+
+
+def made(equation: Equation, num_rows: frozenset[int]) -> Steps | None:
+    """How an equation makes as many rows as a table has, from nothing as large."""
+    if not row_rules.makes_rows(equation) or _is_random(equation):
+        return None
+    shape = type_of(equation.outvars[0]).shape
+    if not shape or shape[0] not in num_rows:
+        return None
+    plan = row_rules.plan(equation, [False] * len(equation.invars))
+    if plan is None:
+        return None
+    facts = Facts(frozenset(), (len(shape) - 1, len(shape) - 1), is_data=False)
+    return [Step(Planned(plan), facts)]
+
+
+def _is_random(equation: Equation) -> bool:
+    """Whether some rows of what an equation makes are other numbers than alone."""
+    return bool(equation.primitive.name == "random_bits")
+
+
+_VARYING = ("pvary", "pcast")
+_PLACEMENTS = ("sharding_constraint", "reshard", "mesh_cast", *_VARYING)
+
+
+def _way(equation: Equation, values: Sequence[Any]) -> Way | None:
+    if equation.primitive.name in jaxprs.CUSTOM_DERIVATIVES:
+        return Ruled() if _rule_keeps_rows(equation, values) else None
+    if equation.primitive.name in as_gather.CHANGES:
+        only_first = is_image(values[0]) and not leaves_of(values[1:])
+        row = as_gather.changed_row(equation) if only_first else None
+        return Changed(row) if row else None
+    if as_gather.is_concatenation(equation):
+        return Concatenated()
+    by_row = list(map(is_table, values))
+    if not any(by_row):
+        by_row = list(map(is_image, values))
+    plan = row_rules.plan(equation, by_row)
+    return Planned(plan) if plan else None
+
+
+def _combined(equation: Equation, values: Sequence[Any]) -> Facts | None:
+    """What is known of an image whose rows are made of those of all operands."""
+    operands = list(zip(equation.invars, values, strict=True))
+    shape = type_of(equation.outvars[0]).shape
+    found = [(a, v) for a, v in operands if is_image(v)]
+    entries_apart = equation.primitive.name in row_rules.ELEMENTWISE and all(
+        type_of(atom).shape == (shape if is_image(value) else ())
+        for atom, value in operands
+    )
+    tables = [(atom, value) for atom, value in found if is_table(value)]
+    sources: set[Source] = set()
+    if entries_apart:
+        lows, highs = zip(*(value.facts.columns for _, value in found), strict=True)
+        columns = max(lows), min(highs)
+        if columns[0] > columns[1]:
+            return None
+        sources.update(*(value.facts.sources for _, value in tables))
+    else:  # a row for each index of the first axis
+        columns = (len(shape) - 1,) * 2
+        first_row, together = 0, as_gather.is_concatenation(equation)
+        for atom, value in operands:
+            if is_table(value):
+                low, high = value.facts.columns
+                count = len(type_of(atom).shape) - 1
+                if not low <= count <= high:
+                    return None
+                sources |= {
+                    _fixed(each, count, first_row) for each in value.facts.sources
+                }
+            if together:
+                first_row += type_of(atom).shape[0]
+    if len(sources) > len({source.leaf for source in sources}):
+        return None  # several rows of one table in one
+    return Facts(
+        frozenset(sources),
+        columns,
+        is_data=any(map(is_data, values)),
+        detached=_is_cut(equation)
+        or (bool(tables) and all(v.facts.detached for _, v in tables)),
+    )
+
+
+def _is_cut(equation: Equation) -> bool:
+    if equation.primitive.name == "stop_gradient":
+        return True
+    types = [type_of(out).dtype for out in equation.outvars]
+    return not any(jnp.issubdtype(dtype, jnp.inexact) for dtype in types)
+
+
+def _fixed(source: Source, columns: int, first_row: int) -> Source:
+    """A source of an image whose other axes are columns from now on."""
+    path = (*source.path, first_row) if first_row else source.path
+    return source._replace(row_axes=source.rows_with(columns), path=path)
+
+
+def _moved(equation: Equation, values: Sequence[Any]) -> Steps | None:
+    """Steps for rows that are only taken, by slices or into another shape."""
+    if not is_image(values[0]) or any(map(is_image, values[1:])):
+        return None
+    starts = [value.value() for value in values[1:] if isinstance(value, Known)]
+    steps = []
+    for index in range(len(equation.outvars)):
+        known = starts if len(starts) == len(values) - 1 else None
+        row_map = row_maps.row_map(equation, index, known)
+        if row_map is None:
+            return None
+        facts = values[0].facts
+        low, before = facts.columns
+        high = min(before, row_map.columns)
+        if high < low or 0 == high < before:
+            return None
+        sources = frozenset(
+            source._replace(
+                path=(*source.path, row_map),
+                partial=source.partial or not row_map.takes_all,
+            )
+            for source in facts.sources
+        )
+        facts = facts._replace(sources=sources, columns=(low, high))
+        steps.append(Step(Moved(row_map), facts))
+    return steps
+
+
+def _turned(equation: Equation, values: Sequence[Any]) -> Steps | None:
+    """An image of which nothing is known but where it comes from."""
+    if equation.primitive.name != "transpose" or values[0].facts.partial:
+        return None
+    return [Step(Turned(), values[0].facts._replace(usable=False))]
+
+
+@dataclass(frozen=True)
+class Planned:
+    """An equation that applies to other numbers of rows."""
+
+    plan: row_rules.Plan
+    moves: ClassVar[bool] = False
+
+    def rows(self, image: Image, at: Positions) -> Any:
+        name = image.equation.primitive.name
+        arrays = [
+            (at.rows(value) if is_image(value) else at.gather(value))
+            if needed
+            else at.scope.whole(value)
+            for needed, value in zip(self.plan.by_row, image.operands, strict=True)
+        ]
+        if name in _VARYING:
+            return arrays[0]  # rows vary as their ids do already
+        return self.plan.apply(at.count, arrays)[image.index]
+
+
+@dataclass(frozen=True)
+class Moved:
+    """Rows that are only taken, by constants."""
+
+    row_map: row_maps.RowMap
+    moves: ClassVar[bool] = True
+
+    def rows(self, image: Image, at: Positions) -> Any:
+        columns = len(self.row_map.after) - at.row_axes
+        there = at.moved(
+            self.row_map.ids(at.ids, columns), len(self.row_map.before) - columns
+        )
+        return there.rows(image.operands[0])
+
+
+@dataclass(frozen=True)
+class Concatenated:
+    """Rows of arrays that come one after the other."""
+
+    moves: ClassVar[bool] = True
+
+    def rows(self, image: Image, at: Positions) -> Any:
+        result, first_row = None, 0
+        for atom, value in zip(image.equation.invars, image.operands, strict=True):
+            num_rows = type_of(atom).shape[0]
+            part, inside = at.part(first_row, num_rows)
+            first_row += num_rows
+            if num_rows == 0:
+                continue
+            here = part.rows(value) if is_image(value) else part.gather(value)
+            inside = inside.reshape(-1, *[1] * (here.ndim - 1))
+            if result is not None:
+                inside, here, result = jaxprs.alike([inside, here, result])
+                here = jnp.where(inside, here, result)
+            result = here
+        return result
+
+
+@dataclass(frozen=True)
+class Changed:
+    """Rows of an array in which one has been changed."""
+
+    row: Any
+    moves: ClassVar[bool] = False
+
+    def rows(self, image: Image, at: Positions) -> Any:
+        before = at.rows(image.operands[0])
+        indices, update = map(at.scope.whole, image.operands[1:])
+        row, valid = self.row.ids(indices)
+        flat = at.ids.reshape(-1)
+        here: jax.Array = flat == row.astype(flat.dtype).reshape(())
+        here = here if valid is None else here & valid.reshape(())
+        here = here.reshape(-1, *[1] * (before.ndim - 1))
+        update = update.reshape(1, *before.shape[1:])
+        here, before, update = jaxprs.alike([here, before, update])
+        after = _CHANGES[image.equation.primitive.name](before, update)
+        return jnp.where(here, after, before)
+
+
+_CHANGES: dict[str, Callable[[Any, Any], Any]] = {
+    "scatter": lambda _, row: row,
+    "scatter-mul": lambda before, row: before * row,
+}
+
+
+@dataclass(frozen=True)
+class Ruled:
+    """A function with a derivative rule of its own."""
+
+    moves: ClassVar[bool] = False
+
+    def rows(self, image: Image, at: Positions) -> Any:
+        return at.ruled(image)
+
+
+@dataclass(frozen=True)
+class Turned:
+    """Nothing follows from it."""
+
+    moves: ClassVar[bool] = False
+
+    def rows(self, image: Image, at: Positions) -> Any:
+        raise AssertionError(image, at)
+
+
+def _rule_keeps_rows(equation: Equation, values: Sequence[Any]) -> bool:
+    program = jaxprs.called_program(equation)
+    assert program is not None
+    results = _results(program, values)
+    return (
+        results is not None
+        and all(map(is_table, results))
+        and check_rule(equation, values)
+    )
+
+
+def _results(program: Program, operands: Sequence[Any]) -> list[Any] | None:
+    """What a program makes of images, or None if it does not keep rows apart."""
+
+    def step(equation: Equation, operands: list[Any]) -> Sequence[Any]:
+        if not any(map(is_table, operands)):
+            return [True] * len(equation.outvars)
+        name = equation.primitive.name
+        if name in jaxprs.CALLS:
+            called = jaxprs.called_program(equation)
+            results = called and _results(called, operands)
+        else:
+            way = _way(equation, operands)
+            facts = _combined(equation, operands) if way else None
+            steps = [Step(way, facts)] * len(equation.outvars) if facts else None
+            results = steps and images(equation, operands, steps)
+        if (
+            not results
+            or as_gather.is_concatenation(equation)
+            or name in as_gather.CHANGES
+        ):
+            raise MixesRowsError("mixes rows", equation)
+        return results
+
+    try:
+        return jaxprs.interpret(program, operands, step, lambda _: True)
+    except MixesRowsError:
+        return None

@@ -1,0 +1,82 @@
+"""Which values of a program the gradient of its result flows through.
+
+What is only compared, cut off by `stop_gradient`, or part of an auxiliary output gets
+no gradient, whatever is done with it.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+
+from monolith_optax._rows.programs import jaxprs
+from monolith_optax._rows.programs.jaxprs import Equation, Program, is_variable, type_of
+
+# For each of some values whether gradients flow through it.
+Flags = tuple[bool, ...]
+
+
+class GradientFlow:
+    """Follows gradients backwards through programs; each program is read once."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[Any, Flags], set[Any]] = {}
+
+    def through(self, program: Program, results: Sequence[bool]) -> set[Any]:
+        """The variables of a program that get a gradient, if some results do."""
+        key = program.jaxpr, tuple(results)
+        if key not in self._known:
+            self._known[key] = self._read(*key)
+        return self._known[key]
+
+    def operands(self, program: Program, results: Sequence[bool]) -> list[bool]:
+        """Which operands of a program get a gradient, if some results do."""
+        found = self.through(program, results)
+        return [variable in found for variable in program.jaxpr.invars]
+
+    def _read(self, jaxpr: Any, results: Flags) -> set[Any]:
+        pairs = zip(jaxpr.outvars, results, strict=True)
+        found = {atom for atom, flows in pairs if flows and _may_have_gradient(atom)}
+        for equation in reversed(jaxpr.eqns):
+            if not found.isdisjoint(equation.outvars):
+                flags = self._into(equation, [out in found for out in equation.outvars])
+                for atom, flows in zip(equation.invars, flags, strict=True):
+                    if flows and _may_have_gradient(atom):
+                        found.add(atom)
+        return found
+
+    def _into(self, equation: Equation, results: list[bool]) -> list[bool]:
+        """Which operands of an equation get a gradient from some of its results."""
+        name = str(equation.primitive.name)
+        if name == "stop_gradient":
+            return [False]
+        if name in jaxprs.CALLS:
+            program = jaxprs.called_program(equation)
+            assert program is not None
+            return self.operands(program, results)
+        if name == "cond":
+            branches = jaxprs.branches(equation)
+            flags = [self.operands(branch, results) for branch in branches]
+            return [False, *map(any, zip(*flags, strict=True))]
+        if name == "scan":
+            return self.operands(
+                jaxprs.scan_parts(equation).body, self.of_scan(equation, results)
+            )
+        if name == "shard_map":
+            return self.operands(jaxprs.shard_map_parts(equation).body, results)
+        return [True] * len(equation.invars)
+
+    def of_scan(self, equation: Equation, results: Sequence[bool]) -> list[bool]:
+        """Which results of a scan's body get a gradient, from itself or from later."""
+        body, num_consts, num_carry = jaxprs.scan_parts(equation)
+        flags = list(results)
+        while True:
+            before = self.operands(body, flags)[num_consts : num_consts + num_carry]
+            carry = [a or b for a, b in zip(flags[:num_carry], before, strict=True)]
+            if carry == flags[:num_carry]:
+                return flags
+            flags[:num_carry] = carry
+
+
+def _may_have_gradient(atom: Any) -> bool:
+    return is_variable(atom) and jnp.issubdtype(type_of(atom).dtype, jnp.inexact)

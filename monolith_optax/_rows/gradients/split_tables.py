@@ -1,0 +1,118 @@
+"""`shard_map` given tables (`constructs.py` says what that means)."""
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax import lax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from monolith_optax._rows.gradients.lookup_tree import (
+    Each,
+    Found,
+    Node,
+    device_axes,
+    inside,
+)
+from monolith_optax._rows.gradients.row_images import (
+    Parameter,
+    is_data,
+    is_table,
+    which_tables,
+)
+from monolith_optax._rows.programs import jaxprs
+from monolith_optax._rows.programs.jaxprs import Equation
+
+
+class ShardMap:
+    """A program that runs on each device, with its part of some tables."""
+
+    def find(
+        self, finder: Any, equation: Equation, operands: list[Any]
+    ) -> tuple[list[Any], Node]:
+        parts, place = jaxprs.shard_map_parts(equation), finder.place(equation)
+        operands = list(operands)
+        taken: dict[int, Found] = {}
+        for i, (value, spec) in enumerate(zip(operands, parts.in_specs, strict=True)):
+            if not is_table(value):
+                operands[i] = is_data(value)
+            elif any(names is not None for names in spec[1:]):
+                what = f"is split by columns before {place}"
+                taken |= finder.otherwise(equation, operands, [i], what)
+            elif not isinstance(value, Parameter):
+                what = f"is computed with before {place}"
+                taken |= finder.otherwise(equation, operands, [i], what)
+            else:
+                split = spec[0] if len(spec) else None
+                operands[i] = finder.parameter(value.leaf, split)
+        images = which_tables(operands)
+
+        def find() -> Any:
+            active = finder.active(equation)
+            results, tree = finder.program(parts.body, operands, active)
+            finder.results(parts.body, results, active, tree, equation)
+            return list(map(is_data, results)), tree
+
+        results, tree = finder.inside(equation, find)
+        sizes = dict(parts.mesh.shape)
+
+        def of_all_devices(found: Found) -> Found:
+            axes = device_axes(parts, found)
+            devices = int(np.prod([sizes[axis] for axis in axes], dtype=int))
+            outside = found.varying - parts.axes
+            return found.stacked(devices)._replace(varying=outside)
+
+        return results, Node(
+            taken, programs=[tree], images=images, all_runs=of_all_devices
+        )
+
+    def run(
+        self, run: Any, equation: Equation, operands: list[Any], node: Node, zeros: Each
+    ) -> tuple[list[Any], Each]:
+        parts = jaxprs.shard_map_parts(equation)
+
+        def first_axis(found: Found) -> list[PartitionSpec]:
+            return [PartitionSpec(device_axes(parts, found))] * len(found.tables)
+
+        [first] = inside(node, first_axis)
+        arrays = [v.array if isinstance(v, Parameter) else v for v in operands]
+
+        def body(arrays: list[Any], zeros: Any) -> Any:
+            values = list(arrays)
+            for i in node.images:
+                row = _first_row(parts.in_specs[i], arrays[i])
+                values[i] = Parameter(operands[i].leaf, arrays[i], row)
+            zeros = jax.tree.map(lambda array: array[0], zeros)
+            results, ids = run.inside(parts.body, values, node.programs[0], zeros)
+            return results, jax.tree.map(lambda array: array[None], ids)
+
+        mapped = jax.shard_map(
+            body,
+            mesh=parts.mesh,
+            in_specs=(list(parts.in_specs), first),
+            out_specs=(list(parts.out_specs), first),
+            axis_names=parts.axes,
+            check_vma=parts.check_vma,
+        )
+        added = jax.tree.map(
+            lambda array, spec: _placed(array, parts.mesh, spec),
+            zeros.programs[0],
+            first,
+        )
+        results, ids = mapped(arrays, added)
+        return results, Each({}, [], [ids])
+
+
+def _first_row(spec: PartitionSpec, array: jax.Array) -> Any:
+    """The row of a table with which a device's part of it begins."""
+    if not len(spec) or spec[0] is None:
+        return 0
+    return lax.axis_index(spec[0]) * len(array)
+
+
+def _placed(array: jax.Array, mesh: Any, spec: PartitionSpec) -> jax.Array:
+    """An array as a `shard_map` takes it, on a mesh whose axes are in types."""
+    if AxisType.Explicit not in mesh.axis_types:
+        return array
+    placed: jax.Array = jax.sharding.reshard(array, NamedSharding(mesh, spec))
+    return placed
