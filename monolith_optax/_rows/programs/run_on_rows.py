@@ -228,7 +228,7 @@ class Runner:
         assert program is not None
         operands = [
             Rows(value.at(table), table, value.constant)
-            if isinstance(value, Later)
+            if table and isinstance(value, Later)
             else value
             for value in operands
         ]
