@@ -18,9 +18,12 @@ it is started again, to the same numbers to the bit.
 """
 
 import argparse
+import contextlib
 import functools
 import hashlib
 import json
+import math
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -391,42 +394,86 @@ def check_options(args: argparse.Namespace) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(options))
     elif (before := json.loads(path.read_text())) != options:
-        sys.exit(f"{path} is of a run with {before}, but this one has {options}.")
+        changed = (
+            f"--{name.replace('_', '-')} {before.get(name)}, not {value}"
+            for name, value in options.items()
+            if before.get(name) != value
+        )
+        sys.exit(
+            f"The run in {args.checkpoint} has {' and '.join(changed)}: continue it "
+            "with its own options, or choose another --checkpoint."
+        )
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """Makes whole numbers of an option's text."""
+
+    def number(text: str) -> int:
+        with contextlib.suppress(ValueError):
+            if (value := int(text)) >= least:
+                return value
+        raise argparse.ArgumentTypeError(
+            f"must be a whole number of at least {least}, not {text!r}"
+        )
+
+    return number
+
+
+def positive(text: str) -> float:
+    """Makes a positive number of an option's text."""
+    with contextlib.suppress(ValueError):
+        if 0 < (value := float(text)) < math.inf:
+            return value
+    raise argparse.ArgumentTypeError(f"must be a positive number, not {text!r}")
+
+
+def picture(text: str) -> str:
+    """Checks that a picture can be written before it takes minutes to have one."""
+    path = Path(text)
+    if path.suffix not in (".png", ".pdf", ".svg"):
+        raise argparse.ArgumentTypeError(f"must end in .png, .pdf or .svg: {text!r}")
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"cannot be written: {text!r}")
+    return text
 
 
 def parse_args() -> argparse.Namespace:
     """The options, checked."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--optimizer", choices=OPTIMIZERS, default="adagrad")
+    default = "(default: %(default)s)"
+    add("--optimizer", choices=OPTIMIZERS, default="adagrad", help=default)
     add(
         "--collisions",
-        type=int,
+        type=at_least(MOVIES_PER_USER),
         nargs="*",
         default=[4096, 1024, 16384, 65536],
         metavar="ROWS",
-        help="sizes of fixed vocabularies of movies; users have a sixteenth",
+        help=f"sizes of fixed vocabularies of movies; users have a sixteenth {default}",
     )
-    add("--admit-after", type=int, default=2, help="times that an id must be seen")
-    add("--expire-after", type=int, default=1000, metavar="DAYS")
-    add("--dim", type=int, default=8, help="length of a vector")
-    add("--steps", type=int, help="of each way; default: all ratings once")
-    add("--batch-size", type=int, default=32, help="ratings per step")
-    add("--learning-rate", type=float)
-    add("--seed", type=int, default=0, help="of the first vectors")
-    add("--checkpoint", metavar="DIR", help="to continue from; default: none")
-    add("--checkpoint-every", type=int, default=500, metavar="STEPS")
+    numbers = {
+        "--admit-after": (2, f"times that an id must be seen {default}", None),
+        "--expire-after": (1000, f"without being seen {default}", "DAYS"),
+        "--dim": (8, f"length of a vector {default}", None),
+        "--steps": (None, "of each way (default: all ratings once)", None),
+        "--batch-size": (32, f"ratings per step {default}", None),
+        "--checkpoint-every": (500, default, "STEPS"),
+    }
+    for name, (value, text, metavar) in numbers.items():
+        add(name, type=at_least(1), default=value, help=text, metavar=metavar)
+    rates = ", ".join(f"{name} {rate:g}" for name, (_, rate) in OPTIMIZERS.items())
+    add("--learning-rate", type=positive, help=f"(default: {rates})")
+    add("--seed", type=at_least(0), default=0, help=f"of the first vectors {default}")
+    add("--checkpoint", metavar="DIR", help="to continue from (default: none)")
     add("--quick", action="store_true", help="at most 200 steps, one size")
-    add("--plot", metavar="PATH", default="train_stream.png")
+    add(
+        "--plot",
+        type=picture,
+        metavar="PATH",
+        default="train_stream.png",
+        help=f"the picture {default}",
+    )
     args = parser.parse_args()
-    positive = "steps batch_size dim admit_after expire_after checkpoint_every"
-    for option in positive.split():
-        value = getattr(args, option)
-        if value is not None and value < 1:
-            flag = option.replace("_", "-")
-            parser.error(f"--{flag} must be at least 1, not {value}")
-    if any(rows < MOVIES_PER_USER for rows in args.collisions):
-        parser.error(f"--collisions must be at least {MOVIES_PER_USER}")
     if args.quick:
         args.steps, args.collisions = min(args.steps or 200, 200), args.collisions[:1]
     return args
@@ -436,8 +483,8 @@ def main() -> None:
     """Trains each way, prints what they say of collisions, and saves the picture."""
     args, data = parse_args(), load_data()
     most = len(data.stars) // args.batch_size
-    if args.steps is not None and args.steps > most:
-        sys.exit(f"There are ratings for {most} steps, not for {args.steps}.")
+    if (args.steps or 1) > most:
+        sys.exit(f"There are ratings for {most} steps, not for {args.steps or 1}.")
     args.steps = args.steps or most
     if args.checkpoint is not None:
         check_options(args)
@@ -456,4 +503,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        sys.exit(130)

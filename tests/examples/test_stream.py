@@ -145,7 +145,7 @@ def test_a_killed_run_continues_to_the_same_bits(tmp_path):
         quick(killed, "--dim", "3"), check=False, capture_output=True, text=True
     )
     assert others.returncode == 1
-    assert "is of a run with" in others.stderr
+    assert "has --dim 8, not 3: continue it with its own options" in others.stderr
 
 
 def test_bad_options_are_refused(example, monkeypatch, capsys):
@@ -153,4 +153,5 @@ def test_bad_options_are_refused(example, monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["train_stream.py", *options])
         with pytest.raises(SystemExit):
             example.parse_args()
-        assert f"{options[0]} must be at least" in capsys.readouterr().err
+        errors = capsys.readouterr().err
+        assert f"{options[0]}: must be a whole number of at least" in errors
