@@ -166,20 +166,29 @@ def make_step(tx: optax.GradientTransformation) -> Step:
     tables = {**dict.fromkeys(FEATURES, True), "mean": False}
     value_and_grad = monolith_optax.value_and_row_grad(loss_fn, tables)
 
-    # Donated, so that it writes into the old arrays instead of copying them.
+    @jax.jit
+    def error_before(params: Any, known: Any, stars: Any) -> jax.Array:
+        predicted = jnp.clip(predict(params, known)[0], 0.5, 5.0)
+        return jnp.mean((predicted - stars) ** 2)
+
+    # Donated, so that it writes into the old arrays instead of copying them. If one
+    # program also predicted from the old ones, XLA would copy them all the same.
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step(
-        params: Any, state: Any, known: Any, rows: Any, fresh: Any, new: Any, stars: Any
+        params: Any, state: Any, rows: Any, fresh: Any, new: Any, stars: Any
     ) -> Any:
-        predicted = jnp.clip(predict(params, known)[0], 0.5, 5.0)
-        error = jnp.mean((predicted - stars) ** 2)
         fresh, new = ({**tree, "mean": None} for tree in (fresh, new))
         params, state = monolith_optax.reset_rows(tx, params, state, fresh, new)
         loss, gradients = value_and_grad(params, rows, stars)
         updates, state = tx.update(gradients, state, params)
-        return optax.apply_updates(params, updates), state, error, loss
+        return optax.apply_updates(params, updates), state, loss
 
-    return step
+    def both(params: Any, state: Any, known: Any, *batch: Any) -> Any:
+        error = error_before(params, known, batch[-1])
+        params, state, loss = step(params, state, *batch)
+        return params, state, error, loss
+
+    return both
 
 
 def first_run(
