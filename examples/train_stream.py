@@ -501,8 +501,8 @@ def draw(runs: dict[str, Run], path: str, batch_size: int) -> None:
     points = np.linspace(0, len(ours), min(len(ours), POINTS) + 1, dtype=int)[1:] - 1
     for name, run in runs.items():
         more = 100 * (np.sqrt(np.cumsum(run.errors) / ours) - 1)
-        style = "k:" if name == "growing" else "-"
-        left.plot(seen[points], more[points], style, label=name)
+        style, above = ("k:", 3) if name == "growing" else ("-", 2)
+        left.plot(seen[points], more[points], style, label=name, zorder=above)
     for i, sizes in enumerate(np.transpose(runs["growing"].sizes)):
         name, what = FEATURES[i % 2], "rows" if i > 1 else "ids with a row"
         style = "--" if i > 1 else "-"
