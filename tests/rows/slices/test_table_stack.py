@@ -10,7 +10,14 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from registry import VARIANTS
 
-from monolith_optax import RowSlices, TableStack, lazy_rows, read_rows, write_rows
+from monolith_optax import (
+    RowSlices,
+    TableStack,
+    lazy_rows,
+    read_rows,
+    value_and_row_grad,
+    write_rows,
+)
 
 SIZES = {"a": (7, 3), "b": {"c": (2, 3), "d": (5, 2)}, "e": (1, 3)}
 SHARDS = [1, 2, 4]
@@ -108,6 +115,59 @@ def test_ids_of_rows(shards):
 )
 def test_steps_on_a_stack_are_steps_on_its_tables(name, shards):
     assert_steps_agree(VARIANTS[name].make(), shards)
+
+
+def looked_up(tables, ids):
+    """A loss of each of the tables, as a model would have it."""
+    return sum(
+        (jnp.sin(table[i]) * (1 + k)).sum()
+        for k, (table, i) in enumerate(
+            zip(*map(jax.tree.leaves, (tables, ids)), strict=True)
+        )
+    )
+
+
+@pytest.mark.parametrize("shards", [1])
+@pytest.mark.parametrize("jit", [False, True])
+def test_lookups_in_its_tables_are_lookups_in_its_arrays(shards, jit):
+    stack = TableStack(tables(), shards)
+    stacks = stack.pack(tables())
+    ids = jax.tree.map(
+        lambda shape: jnp.array([0, -1, shape[0] - 1, shape[0] + 2, 0]),
+        SIZES,
+        is_leaf=is_shape,
+    )
+
+    def loss(stacks, ids):
+        return looked_up(stack.unpack(stacks), ids)
+
+    grad = value_and_row_grad(loss)
+    value, gradients = (jax.jit(grad) if jit else grad)(stacks, ids)
+    expected = jax.value_and_grad(loss)(stacks, ids)
+    np.testing.assert_allclose(value, expected[0], rtol=1e-6)
+    for key, dense in expected[1].items():
+        assert isinstance(gradients[key], RowSlices)
+        assert gradients[key].ids.size == 5 * {"float32_3": 3, "float32_2": 1}[key]
+        np.testing.assert_allclose(
+            gradients[key].to_dense(len(dense)), dense, rtol=1e-6, atol=1e-7
+        )
+
+
+def test_a_table_that_is_used_as_a_whole_leaves_the_others_sparse():
+    stack = TableStack(tables())
+    stacks = stack.pack(tables())
+
+    def loss(stacks, ids):
+        tables = stack.unpack(stacks)
+        return (tables["b"]["c"] ** 2).sum() + jnp.sin(tables["a"][ids]).sum()
+
+    ids = jnp.array([1, 1, 6])
+    grad = value_and_row_grad(loss)
+    assert "all 2 rows of a slice" in grad.explain(stacks, ids)
+    slices = grad(stacks, ids)[1]["float32_3"]
+    dense = jax.grad(loss)(stacks, ids)["float32_3"]
+    assert slices.ids.size == 3 + 2
+    np.testing.assert_allclose(slices.to_dense(len(dense)), dense, rtol=1e-6)
 
 
 def test_a_global_norm_is_over_all_tables():
