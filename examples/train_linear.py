@@ -9,8 +9,13 @@ how close each of them gets.
 """
 
 import argparse
+import contextlib
 import functools
+import math
+import os
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -128,21 +133,78 @@ def plot(curves: dict[str, list[tuple[int, float]]], best: float, path: str) -> 
     plt.close(figure)
 
 
+def at_least(least: int) -> Callable[[str], int]:
+    """Makes whole numbers of an option's text."""
+
+    def number(text: str) -> int:
+        with contextlib.suppress(ValueError):
+            if (value := int(text)) >= least:
+                return value
+        raise argparse.ArgumentTypeError(
+            f"must be a whole number of at least {least}, not {text!r}"
+        )
+
+    return number
+
+
+def positive(text: str) -> float:
+    """Makes a positive number of an option's text."""
+    with contextlib.suppress(ValueError):
+        if 0 < (value := float(text)) < math.inf:
+            return value
+    raise argparse.ArgumentTypeError(f"must be a positive number, not {text!r}")
+
+
+def picture(text: str) -> str:
+    """Checks that a picture can be written before it takes minutes to have one."""
+    path = Path(text)
+    if path.suffix not in (".png", ".pdf", ".svg"):
+        raise argparse.ArgumentTypeError(f"must end in .png, .pdf or .svg: {text!r}")
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"cannot be written: {text!r}")
+    return text
+
+
+def parse_args() -> argparse.Namespace:
+    """The options, checked."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument(
+        "--optimizer", choices=OPTIMIZERS, help="(default: all of them)"
+    )
+    parser.add_argument(
+        "--steps",
+        type=at_least(1),
+        default=2000,
+        help="with each optimizer (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--learning-rate",
+        type=positive,
+        help="peak of a cosine decay (default: "
+        + ", ".join(f"{name} {rate:g}" for name, (_, rate) in OPTIMIZERS.items())
+        + ")",
+    )
+    parser.add_argument(
+        "--seed",
+        type=at_least(0),
+        default=0,
+        help="of the split and the mini-batches (default: %(default)s)",
+    )
+    parser.add_argument("--quick", action="store_true", help="at most 100 steps")
+    parser.add_argument(
+        "--plot",
+        type=picture,
+        metavar="PATH",
+        default="train_linear.png",
+        help="the picture (default: %(default)s)",
+    )
+    return parser.parse_args()
+
+
 def main() -> None:
     """Trains, prints the errors and saves the picture."""
     mpl.use("Agg")  # pictures go to files, so no screen is needed
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--optimizer", choices=OPTIMIZERS, help="default: all of them")
-    parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--learning-rate", type=float, help="peak of a cosine decay")
-    parser.add_argument(
-        "--seed", type=int, default=0, help="seed of the split and the mini-batches"
-    )
-    parser.add_argument("--quick", action="store_true", help="at most 100 steps")
-    parser.add_argument("--plot", metavar="PATH", default="train_linear.png")
-    args = parser.parse_args()
-    if args.steps < 1:
-        parser.error(f"--steps must be at least 1, but it is {args.steps}")
+    args = parse_args()
 
     train_data, test_data = load_data(args.seed)
     solutions = {"least squares": least_squares(train_data)}
@@ -168,4 +230,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        sys.exit(130)

@@ -23,12 +23,14 @@ import asyncio
 import contextlib
 import functools
 import itertools
+import json
 import math
 import os
 import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -204,6 +206,28 @@ def open_checkpoints(folder: str | None, every: int) -> Any:
     return ocp.CheckpointManager(Path(folder).absolute(), options=options)
 
 
+def check_options(args: argparse.Namespace) -> None:
+    """Refuses checkpoints of a run that would have had other numbers."""
+    names = "optimizer", "dim", "batch_size", "seed"
+    options = {name: getattr(args, name) for name in names}
+    path = Path(args.checkpoint_dir) / "options.json"
+    if path.exists():
+        before = json.loads(path.read_text())
+        changed = (
+            f"--{name.replace('_', '-')} {before[name]}, not {value}"
+            for name, value in options.items()
+            if before[name] != value
+        )
+        if words := " and ".join(changed):
+            sys.exit(
+                f"The run in {args.checkpoint_dir} has {words}: continue it with its "
+                "own options, or choose another --checkpoint-dir."
+            )
+    elif jax.process_index() == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(options))
+
+
 def first_carry(
     tx: optax.GradientTransformation, init: Callable[[], Params], like: Any, saved: Any
 ) -> tuple[int, Carry]:
@@ -226,8 +250,9 @@ def train(
     curve, losses = [], []
     with tqdm(
         desc="training",
-        unit=" examples",
-        unit_scale=True,
+        unit=" steps",
+        total=numbers.stop - 1,
+        initial=numbers.start - 1,
         disable=jax.process_index() != 0,
     ) as progress:
         for number, batch in zip(numbers, stream, strict=False):
@@ -237,7 +262,7 @@ def train(
             if number % STEPS_BETWEEN_POINTS == 0 or last:
                 curve.append((number, float(np.mean(jax.device_get(losses)))))
                 progress.set_postfix(loss=f"{curve[-1][1]:.3f}", refresh=False)
-                progress.update(len(losses) * len(batch.label))
+                progress.update(len(losses))
                 losses = []
             if saved is not None:  # it knows which steps to save
                 saved.save(number, args=ocp.args.StandardSave(carry), force=last)
@@ -301,6 +326,7 @@ def join(addresses: list[str], args: argparse.Namespace) -> None:
 
 def wait_for_processes(addresses: list[str], number: int, deadline: float) -> None:
     """Returns when all processes have started: process 0, and for it the others."""
+    start = time.monotonic()
     try:
         if number == 0:
             asyncio.run(wait_for_nodes(addresses[1:], deadline=deadline))
@@ -319,7 +345,8 @@ def wait_for_processes(addresses: list[str], number: int, deadline: float) -> No
             for status in error.report.results
             if not status.alive
         )
-        sys.exit(f"Process 0 waited {deadline:g} s for the others, but {missing}.")
+        seconds = time.monotonic() - start
+        sys.exit(f"Process 0 waited {seconds:.0f} s for the others, but {missing}.")
     except (OSError, ValueError) as error:  # a TimeoutError is an OSError
         sys.exit(str(error))
 
@@ -344,7 +371,10 @@ def start_processes(number: int) -> int:
         command += ["--cpu-devices", str(LOCAL_DEVICES // number)]
         processes = []
         for process_id in range(number):
-            process = subprocess.Popen([*command, "--process-id", str(process_id)])
+            process = subprocess.Popen(
+                [*command, "--process-id", str(process_id)],
+                process_group=0,  # Ctrl-C ends this process, which ends the others
+            )
             stack.callback(process.kill)  # JAX takes SIGTERM only as a notice
             processes.append(process)
         statuses = [process.wait() for process in processes]
@@ -364,37 +394,86 @@ def reserved_address() -> Iterator[str]:
         yield f"127.0.0.1:{reserved.getsockname()[1]}"
 
 
+def at_least(least: int) -> Callable[[str], int]:
+    """Makes whole numbers of an option's text."""
+
+    def number(text: str) -> int:
+        with contextlib.suppress(ValueError):
+            if (value := int(text)) >= least:
+                return value
+        raise argparse.ArgumentTypeError(
+            f"must be a whole number of at least {least}, not {text!r}"
+        )
+
+    return number
+
+
+def positive(text: str) -> float:
+    """Makes a positive number of an option's text."""
+    with contextlib.suppress(ValueError):
+        if 0 < (value := float(text)) < math.inf:
+            return value
+    raise argparse.ArgumentTypeError(f"must be a positive number, not {text!r}")
+
+
+def picture(text: str) -> str:
+    """Checks that a picture can be written before it takes minutes to have one."""
+    path = Path(text)
+    if path.suffix not in (".png", ".pdf", ".svg"):
+        raise argparse.ArgumentTypeError(f"must end in .png, .pdf or .svg: {text!r}")
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"cannot be written: {text!r}")
+    return text
+
+
 def parse_args() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--processes", type=int, default=2, help="to start on this machine")
+    default = "(default: %(default)s)"
+    numbers: dict[str, tuple[int | None, str]] = {
+        "--processes": (2, f"to start on this machine {default}"),
+        "--cpu-devices": (None, "virtual CPU devices in this process (default: none)"),
+        "--heartbeat-timeout": (30, f"seconds to miss a process {default}"),
+        "--dim": (16, f"columns of a table {default}"),
+        "--steps": (100, default),
+        "--batch-size": (64, f"examples per step {default}"),
+        "--checkpoint-every": (20, f"so many steps {default}"),
+    }
+    for name, (value, text) in numbers.items():
+        add(name, type=at_least(1), default=value, help=text)
     add("--addresses", metavar="HOST:PORT,...", help="of all processes of a cluster")
     add("--process-id", type=int, help="which of the addresses is its own, from 0")
-    add("--cpu-devices", type=int, help="virtual CPU devices in this process")
-    add("--deadline", type=float, default=300.0, help="seconds to wait for the others")
     add(
-        "--heartbeat-timeout",
-        type=int,
-        default=30,
-        help="seconds to miss a process",
+        "--deadline",
+        type=positive,
+        default=300.0,
+        help=f"seconds to wait for the others {default}",
     )
-    add("--optimizer", choices=OPTIMIZERS, default="adamom")
+    add("--optimizer", choices=OPTIMIZERS, default="adamom", help=default)
     add("--dense", action="store_true", help="dense gradients")
-    add("--dim", type=int, default=16, help="columns of a table")
-    add("--steps", type=int, default=100)
-    add("--batch-size", type=int, default=64)
-    add("--seed", type=int, default=0, help="weights and mini-batches")
-    add("--checkpoint-dir", metavar="PATH", help="default: no checkpoints")
-    add("--checkpoint-every", type=int, default=20, metavar="STEPS")
+    add(
+        "--seed",
+        type=at_least(0),
+        default=0,
+        help=f"of weights and mini-batches {default}",
+    )
+    add("--checkpoint-dir", metavar="PATH", help="(default: no checkpoints)")
     add("--quick", action="store_true", help="at most 20 steps")
-    add("--plot", metavar="PATH", default="train_multihost.png")
+    add(
+        "--plot",
+        type=picture,
+        metavar="PATH",
+        default="train_multihost.png",
+        help=f"the picture {default}",
+    )
     args = parser.parse_args()
     args.steps = min(args.steps, 20) if args.quick else args.steps
-    for option in ("dim", "steps", "batch_size", "checkpoint_every", "processes"):
-        if getattr(args, option) < 1:
-            flag = option.replace("_", "-")
-            parser.error(f"--{flag} must be at least 1, not {getattr(args, option)}")
+    try:
+        for address in args.addresses.split(",") if args.addresses else []:
+            parse_address(address)
+    except ValueError as error:
+        parser.error(f"--addresses: {error}")
     if not args.addresses and LOCAL_DEVICES % args.processes:
         parser.error(f"--processes must divide {LOCAL_DEVICES}, not {args.processes}")
     if args.addresses and args.process_id not in range(args.addresses.count(",") + 1):
@@ -410,11 +489,18 @@ def run(args: argparse.Namespace) -> Carry:
     mesh = jax.make_mesh((jax.device_count(),), ("x",), axis_types=(AxisType.Auto,))
     say(f"{jax.device_count()} devices in {jax.process_count()} processes.")
     training, test = load_data()
+    if args.batch_size % jax.device_count() or args.batch_size > len(training.label):
+        sys.exit(
+            f"--batch-size must be a multiple of the {jax.device_count()} devices and "
+            f"at most {len(training.label)}, not {args.batch_size}."
+        )
     make, rate = OPTIMIZERS[args.optimizer]
     tx = monolith_optax.lazy_rows(make(rate))
     init = functools.partial(init_params, args.dim, args.seed)
     like = carry_like(tx, init, mesh)
     step = make_step(tx, like, dense=args.dense)
+    if args.checkpoint_dir:
+        check_options(args)
     saved = open_checkpoints(args.checkpoint_dir, args.checkpoint_every)
     done, carry = first_carry(tx, init, like, saved)
     say(f"Continuing after step {done}." if done else "Starting at the beginning.")
@@ -440,4 +526,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        sys.exit(130)

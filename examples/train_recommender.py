@@ -14,11 +14,16 @@ are not in the batch. With `--table-dtype bfloat16` the tables take half the mem
 """
 
 import argparse
+import contextlib
 import functools
 import itertools
+import math
+import os
 import re
+import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -160,17 +165,18 @@ def rmse(stars: Any, ratings: Ratings) -> Any:
 
 def batches(ratings: Ratings, batch_size: int, seed: int) -> Iterator[Ratings]:
     """Shuffled mini-batches without end."""
-    if batch_size > len(ratings.stars):
-        raise ValueError(
-            f"A batch has {batch_size} ratings, but there are only "
-            f"{len(ratings.stars)} to train on: give a smaller --batch-size."
-        )
     rng = np.random.default_rng(seed)
     while True:
         order = rng.permutation(len(ratings.stars))
         for start in range(0, len(order) - batch_size + 1, batch_size):
             chosen = order[start : start + batch_size]
             yield Ratings(*(column[chosen] for column in ratings))
+
+
+def compiler_options() -> dict[str, str | bool] | None:
+    """Keeps steps on bfloat16 tables in place, which JAX 0.10 on CPU does not."""
+    on_cpu = jax.default_backend() == "cpu"
+    return {"xla_disable_hlo_passes": "float-normalization-bf16"} if on_cpu else None
 
 
 def make_step(
@@ -187,7 +193,9 @@ def make_step(
         value_and_grad = monolith_optax.value_and_row_grad(loss)
 
     # Donated, so that it writes into the old arrays instead of copying them.
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    @functools.partial(
+        jax.jit, donate_argnums=(0, 1), compiler_options=compiler_options()
+    )
     def step(
         params: Params, state: optax.OptState, batch: Ratings
     ) -> tuple[Any, Any, jax.Array]:
@@ -308,33 +316,97 @@ def label(
         written.remove()
 
 
+def at_least(least: int) -> Callable[[str], int]:
+    """Makes whole numbers of an option's text."""
+
+    def number(text: str) -> int:
+        with contextlib.suppress(ValueError):
+            if (value := int(text)) >= least:
+                return value
+        raise argparse.ArgumentTypeError(
+            f"must be a whole number of at least {least}, not {text!r}"
+        )
+
+    return number
+
+
+def positive(text: str) -> float:
+    """Makes a positive number of an option's text."""
+    with contextlib.suppress(ValueError):
+        if 0 < (value := float(text)) < math.inf:
+            return value
+    raise argparse.ArgumentTypeError(f"must be a positive number, not {text!r}")
+
+
+def picture(text: str) -> str:
+    """Checks that a picture can be written before it takes minutes to have one."""
+    path = Path(text)
+    if path.suffix not in (".png", ".pdf", ".svg"):
+        raise argparse.ArgumentTypeError(f"must end in .png, .pdf or .svg: {text!r}")
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"cannot be written: {text!r}")
+    return text
+
+
 def parse_args() -> argparse.Namespace:
     """The options, checked."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--optimizer", choices=OPTIMIZERS, default="adamom")
+    parser.add_argument(
+        "--optimizer",
+        choices=OPTIMIZERS,
+        default="adamom",
+        help="(default: %(default)s)",
+    )
     parser.add_argument(
         "--dense", action="store_true", help="recommend from the dense run"
     )
-    parser.add_argument("--dim", type=int, default=32, help="length of a vector")
-    parser.add_argument("--steps", type=int, default=4000, help="of each way")
-    parser.add_argument("--batch-size", type=int, default=256, help="ratings per step")
+    parser.add_argument(
+        "--dim",
+        type=at_least(2),
+        default=32,
+        help="length of a vector (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--steps",
+        type=at_least(1),
+        default=4000,
+        help="of each way (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=at_least(1),
+        default=256,
+        help="ratings per step (default: %(default)s)",
+    )
     parser.add_argument(
         "--table-dtype",
         choices=("float32", "bfloat16", "float16"),
         default="float32",
-        help="dtype of the tables; 16-bit ones are rounded stochastically",
+        help="of the tables; 16-bit ones are rounded stochastically "
+        "(default: %(default)s)",
     )
-    parser.add_argument("--learning-rate", type=float, help="peak of a linear decay")
     parser.add_argument(
-        "--seed", type=int, default=0, help="seed of vectors and mini-batches"
+        "--learning-rate",
+        type=positive,
+        help="peak of a linear decay (default: "
+        + ", ".join(f"{name} {rate:g}" for name, (_, rate) in OPTIMIZERS.items())
+        + ")",
+    )
+    parser.add_argument(
+        "--seed",
+        type=at_least(0),
+        default=0,
+        help="of vectors and mini-batches (default: %(default)s)",
     )
     parser.add_argument("--quick", action="store_true", help="at most 300 steps")
-    parser.add_argument("--plot", metavar="PATH", default="train_recommender.png")
+    parser.add_argument(
+        "--plot",
+        type=picture,
+        metavar="PATH",
+        default="train_recommender.png",
+        help="the picture (default: %(default)s)",
+    )
     args = parser.parse_args()
-    for option in ("dim", "steps", "batch_size"):
-        if getattr(args, option) < 1:
-            flag = option.replace("_", "-")
-            parser.error(f"--{flag} must be at least 1, not {getattr(args, option)}")
     if args.quick:
         args.steps = min(args.steps, 300)
     return args
@@ -345,6 +417,8 @@ def main() -> None:
     mpl.use("Agg")  # pictures go to files, so no screen is needed
     args = parse_args()
     data = load_data()
+    if args.batch_size > (most := len(data.train.stars)):
+        sys.exit(f"--batch-size must be at most {most}, not {args.batch_size}.")
     print(
         f"{len(data.train.stars)} ratings to train on, {len(data.validation.stars)} to "
         f"validate and {len(data.test.stars)} to test; {data.num_users} users, "
@@ -381,4 +455,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        sys.exit(130)

@@ -8,8 +8,8 @@ from monolith_optax._ids.id_map import IdMap as IdMap
 from monolith_optax._ids.initial_rows import uniform_rows as uniform_rows
 from monolith_optax._ids.moves import Moves as Moves
 from monolith_optax._ids.raw import split_ids as split_ids
-from monolith_optax._ids.row_cache import CacheCounts as CacheCounts
 from monolith_optax._ids.row_cache import RowCache as RowCache
+from monolith_optax._ids.traffic import CacheCounts as CacheCounts
 from monolith_optax._nnx import nnx_value_and_row_grad as nnx_value_and_row_grad
 from monolith_optax._optimizers.adamom import AdamomState as AdamomState
 from monolith_optax._optimizers.adamom import adamom as adamom

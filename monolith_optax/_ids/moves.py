@@ -102,9 +102,9 @@ class Moves:
 
     def __init__(self, number: int, tables: dict[str, TableMoves]) -> None:
         """The moves of a batch of this number."""
-        self._number, self._tables = number, tables
+        self.number, self.tables = number, tables
         self.fresh = {name: table.fresh for name, table in tables.items()}
-        self._done = False
+        self.done = False
 
 
 def as_records(

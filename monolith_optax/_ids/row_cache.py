@@ -2,50 +2,24 @@
 
 import os
 import threading
-from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
-import jax
-import numpy as np
 import optax
 
 from monolith_optax._ids import snapshots
 from monolith_optax._ids.cached_ids import CachedIds
 from monolith_optax._ids.device_tables import DeviceTables
-from monolith_optax._ids.moves import Moves, TableMoves, as_records
-from monolith_optax._ids.raw import as_int64
+from monolith_optax._ids.moves import Moves
 from monolith_optax._ids.residents import Policy
 from monolith_optax._ids.row_store import record_of
 from monolith_optax._ids.run_ahead import run_ahead
+from monolith_optax._ids.traffic import CacheCounts, Traffic
 from monolith_optax._public import public
 
 Params = TypeVar("Params")
 State = TypeVar("State")
 Batch = TypeVar("Batch")
-
-_CHUNK = 2**16  # rows at a time are copied where it may be all of them
-
-
-@public("monolith_optax")
-class CacheCounts(NamedTuple):
-    """What a `RowCache` has done, since it was made, in all tables.
-
-    Attributes:
-      batches: the batches that `assign` has seen.
-      lookups: the positions of batches that had a row of their own.
-      hits: those of them whose row was on the device.
-      new: the ids that got a row.
-      moved_in: the rows that came from the store.
-      moved_out: the rows that left the device.
-    """
-
-    batches: int = 0
-    lookups: int = 0
-    hits: int = 0
-    new: int = 0
-    moved_in: int = 0
-    moved_out: int = 0
 
 
 @public("monolith_optax")
@@ -115,25 +89,21 @@ class RowCache:
         """A cache of no ids."""
         if policy not in ("lru", "lfu"):
             raise ValueError(f'policy must be "lru" or "lfu", but it is {policy!r}.')
-        self._tables = DeviceTables(tx, params, tables)
-        inits = self._tables.inits(init, params)
-        self._ids = {
+        on_device = DeviceTables(tx, params, tables)
+        inits = on_device.inits(init, params)
+        ids = {
             name: CachedIds(
                 name,
                 capacity,
-                record_of(self._tables.fields[name]),
+                record_of(on_device.fields[name]),
                 inits[name],
                 admit_after=admit_after,
                 policy=policy,
                 folder=folder,
             )
-            for name, capacity in self._tables.capacities.items()
+            for name, capacity in on_device.capacities.items()
         }
-        self._assigned: deque[Moves] = deque()  # but not moved
-        self._unsettled: deque[Moves] = deque()  # have not reached the store
-        self._number = 0  # of the last batch
-        self._planner: int | None = None  # the thread that prefetches
-        self.counts = CacheCounts()
+        self._traffic = Traffic(on_device, ids)
 
     def assign(
         self, ids: Mapping[str, Any], *, time: int = 0
@@ -153,7 +123,7 @@ class RowCache:
           ValueError: there are more distinct ids than rows on the device. Nothing has
             changed, and training may continue with another batch.
         """
-        return self._plan(ids, time)
+        return self._traffic.plan(ids, time)
 
     def lookup(self, ids: Mapping[str, Any]) -> tuple[dict[str, Any], Moves]:
         """The rows of ids, for batches that are not trained on.
@@ -161,59 +131,7 @@ class RowCache:
         As `assign`, but ids without a row get none, and their times stay. Rows move to
         the device all the same, so `move` must be called.
         """
-        return self._plan(ids, None)
-
-    def _plan(
-        self, ids: Mapping[str, Any], time: int | None
-    ) -> tuple[dict[str, Any], Moves]:
-        self._check_thread("assign and lookup")
-        if ids.keys() != self._ids.keys():
-            raise ValueError(
-                f"The batch must have ids of {sorted(self._ids)}, but it has "
-                f"{sorted(ids)}."
-            )
-        parts = {
-            name: jax.tree.flatten(ids[name], is_leaf=lambda x: isinstance(x, list))
-            for name in self._ids
-        }
-        arrays = {name: list(map(as_int64, part[0])) for name, part in parts.items()}
-        flat = {
-            name: np.concatenate([np.zeros(0, np.int64), *map(np.ravel, each)])
-            for name, each in arrays.items()
-        }
-        for name, cached in self._ids.items():
-            cached.check(flat[name])
-        self._settle()
-        rows: dict[str, Any] = {}
-        moves: dict[str, TableMoves] = {}
-        for name, cached in self._ids.items():
-            earlier = [each._tables[name] for each in reversed(self._unsettled)]
-            of_batch, moves[name], counts = cached.plan(flat[name], time, earlier)
-            ends = np.cumsum([array.size for array in arrays[name]])[:-1]
-            leaves = map(
-                np.reshape,
-                np.split(of_batch, ends),
-                [array.shape for array in arrays[name]],
-            )
-            rows[name] = jax.tree.unflatten(parts[name][1], list(leaves))
-            self._count(counts)
-        self._count({"batches": time is not None})
-        self._number += 1
-        planned = Moves(self._number, moves)
-        self._assigned.append(planned)
-        self._unsettled.append(planned)
-        return rows, planned
-
-    def _count(self, counts: dict[str, int]) -> None:
-        more = {name: getattr(self.counts, name) + n for name, n in counts.items()}
-        self.counts = self.counts._replace(**more)
-
-    def _settle(self) -> None:
-        """Puts into the store what has left the device."""
-        while self._unsettled and self._unsettled[0]._done:
-            moves = self._unsettled.popleft()
-            for name, table in moves._tables.items():
-                self._ids[name].store.write(table.numbers, table.records())
+        return self._traffic.plan(ids, None)
 
     def move(self, params: Params, state: State, moves: Moves) -> tuple[Params, State]:
         """Brings rows to the device, before their batch is trained on.
@@ -234,23 +152,8 @@ class RowCache:
           ValueError: the moves of another batch must be made first, or these have been
             made before.
         """
-        if not self._assigned or self._assigned[0] is not moves:
-            first = self._assigned[0]._number if self._assigned else "none"
-            raise ValueError(
-                "Batches must be moved in the order in which assign has seen them, and "
-                f"each once: the next one is {first}, but these are the moves of batch "
-                f"{moves._number}."
-            )
-        arrays = {}
-        for name, table in moves._tables.items():
-            table.fill()
-            arrays[name] = table.arrays()
-        moved, new_state, left = self._tables.move(params, state, arrays)
-        for name, table in moves._tables.items():
-            table.hand_back(left[name])
-        moves._done = True
-        self._assigned.popleft()
-        return moved, new_state
+        moved: tuple[Params, State] = self._traffic.move(params, state, moves)
+        return moved
 
     def drain(self, params: Params, state: State) -> tuple[Params, State]:
         """Moves all batches that have been assigned and not moved.
@@ -265,33 +168,8 @@ class RowCache:
         Returns:
           The params and the state.
         """
-        self._check_thread("drain")
-        while self._assigned:
-            params, state = self.move(params, state, self._assigned[0])
-        return params, state
-
-    def _write_back(self, params: Any, state: Any) -> None:
-        """Copies the rows on the device into the store, which then has all rows.
-
-        Raises:
-          RuntimeError: batches have been assigned and not moved.
-        """
-        self._check_thread("Saving")
-        if self._assigned:
-            raise RuntimeError(
-                f"{len(self._assigned)} batches have been assigned but not moved: "
-                "train on them, or call drain, before you save."
-            )
-        self._settle()
-        for name, cached in self._ids.items():
-            rows, numbers = cached.residents.all()
-            for start in range(0, len(rows), _CHUNK):
-                some = slice(start, start + _CHUNK)
-                padded = np.full(min(_CHUNK, cached.capacity), -1, np.int32)
-                padded[: len(rows[some])] = rows[some]
-                values = self._tables.read(params, state, {name: padded})[name]
-                records = as_records(values, len(rows[some]), cached.record)
-                cached.store.write(numbers[some], records)
+        drained: tuple[Params, State] = self._traffic.drain(params, state)
+        return drained
 
     def expire(self, *, before: int) -> dict[str, int]:
         """Forgets the ids that were last seen before a time.
@@ -305,8 +183,8 @@ class RowCache:
         Returns:
           By name, how many ids have lost their row.
         """
-        self._check_thread("expire")
-        return {name: ids.expire(before) for name, ids in self._ids.items()}
+        self._traffic.check_thread("expire")
+        return {name: ids.expire(before) for name, ids in self._traffic.ids.items()}
 
     def prefetch(
         self,
@@ -354,23 +232,16 @@ class RowCache:
             raise ValueError(f"depth must be at least 1, but it is {depth}.")
 
         def planned() -> Generator[tuple[Batch, dict[str, Any], Moves], None, None]:
-            self._check_thread("prefetch")
-            self._planner = threading.get_ident()
+            self._traffic.check_thread("prefetch")
+            self._traffic.planner = threading.get_ident()
             try:
                 for batch in batches:
                     now = 0 if time is None else time(batch)
                     yield batch, *self.assign(ids(batch), time=now)
             finally:
-                self._planner = None
+                self._traffic.planner = None
 
         return run_ahead(planned(), depth)
-
-    def _check_thread(self, what: str) -> None:
-        if self._planner not in (None, threading.get_ident()):
-            raise RuntimeError(
-                f"{what} would meet batches that prefetch is preparing, at no certain "
-                "one of them. Call it where the batches come from, or after the loop."
-            )
 
     def save(self, folder: str | os.PathLike[str], params: Any, state: Any) -> None:
         """Saves all rows, those on the device included, and everything else.
@@ -390,9 +261,15 @@ class RowCache:
           RuntimeError: batches have been assigned and not moved.
           OSError: the snapshot cannot be written. The last one is as it was.
         """
-        self._write_back(params, state)
-        batches = self.counts.batches
-        snapshots.save(folder, self._tables, self._ids, params, state, batches)
+        self._traffic.write_back(params, state)
+        snapshots.save(
+            folder,
+            self._traffic.tables,
+            self._traffic.ids,
+            params,
+            state,
+            self.counts.batches,
+        )
 
     def restore(
         self, folder: str | os.PathLike[str], params: Params, state: State
@@ -416,23 +293,24 @@ class RowCache:
           RuntimeError: this cache has been used before.
           ValueError: the snapshot is of other tables or another optimizer.
         """
-        self._check_new("restore")
+        self._traffic.check_new("restore")
         params, state, batches = snapshots.restore(
-            folder, self._tables, self._ids, params, state
+            folder, self._traffic.tables, self._traffic.ids, params, state
         )
-        self.counts = CacheCounts(batches=batches)
+        self._traffic.counts = CacheCounts(batches=batches)
         return params, state
 
-    def _check_new(self, what: str) -> None:
-        if self._number or any(self.num_ids.values()):
-            raise RuntimeError(f"{what} needs a new cache, but this one was used.")
+    @property
+    def counts(self) -> CacheCounts:
+        """What was done so far."""
+        return self._traffic.counts
 
     @property
     def num_ids(self) -> dict[str, int]:
         """By name, how many ids have a row."""
-        return {name: len(cached.ids) for name, cached in self._ids.items()}
+        return {name: len(cached.ids) for name, cached in self._traffic.ids.items()}
 
     @property
     def nbytes(self) -> int:
         """The memory of ids and store on the host, or in the folder, in bytes."""
-        return sum(cached.nbytes for cached in self._ids.values())
+        return sum(cached.nbytes for cached in self._traffic.ids.values())

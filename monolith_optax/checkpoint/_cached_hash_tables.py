@@ -65,7 +65,7 @@ def read_cached_hash_tables(
       >>> print(cache.num_ids)
       {'item': 495}
     """
-    cache._check_new("read_cached_hash_tables")
+    cache._traffic.check_new("read_cached_hash_tables")
     ids: dict[str, IdMap] = {}
     tables = _tables(cache, params, state, leaves)
     for name, table in tables.items():
@@ -137,7 +137,7 @@ def write_cached_hash_tables(
       [1 2 3] [0.5 0.5 0.5 0.5]
     """
     tables = _tables(cache, params, state, leaves)
-    cache._write_back(params, state)
+    cache._traffic.write_back(params, state)
     for name, table in tables.items():
         write_hash_table_parts(folder, name, table.shards(shards))
 
@@ -217,10 +217,10 @@ def _tables(
         name: _table(cache, name, parts, field_of)
         for name, parts in parts_of(leaves, params, state).items()
     }
-    if len(tables) < len(cache._ids):
+    if len(tables) < len(cache._traffic.ids):
         raise ValueError(
-            f"leaves must name the tables of all ids of the cache, {list(cache._ids)}, "
-            f"but it has only {list(leaves)}."
+            "leaves must name the tables of all ids of the cache, "
+            f"{list(cache._traffic.ids)}, but it has only {list(leaves)}."
         )
     return tables
 
@@ -233,15 +233,16 @@ def _table(
         for part in parts
     ]
     given = {field for weights, slots in fields for field in (weights, *slots.values())}
-    for cached in cache._ids.values():
+    for cached in cache._traffic.ids.values():
         names = set(cached.record.names or ())
         if names == given:
             return _Table(cached, parts, fields)
         if names & given:
-            paths = [cache._tables.paths[int(field)] for field in sorted(names ^ given)]
+            paths = cache._traffic.tables.paths
+            single = [paths[int(field)] for field in sorted(names ^ given)]
             raise ValueError(
                 f"The segments of table {name!r} must be all that the cache has for "
-                f"the ids {cached.name!r}, but {paths} are only in one of them."
+                f"the ids {cached.name!r}, but {single} are only in one of them."
             )
     raise ValueError(f"The leaves of table {name!r} have no ids in the cache.")
 

@@ -1,5 +1,6 @@
 """Waiting for the coordinator of a cluster before joining it."""
 
+import time
 from collections.abc import Callable
 
 from monolith_optax.net._address import parse_address
@@ -57,6 +58,7 @@ allow it more time.
         raise ValueError(f"process_id must not be negative, but it is {process_id}.")
     if process_id == 0:
         return
+    start = time.monotonic()
     try:
         run_to_end(
             lambda: wait_for_nodes(
@@ -64,9 +66,9 @@ allow it more time.
             )
         )
     except NodesDownError as error:
-        status = error.report[address]
+        status, seconds = error.report[address], round(time.monotonic() - start, 1)
         raise TimeoutError(
-            f"Process {process_id} waited {deadline:g} s for the coordinator (process "
+            f"Process {process_id} waited {seconds:g} s for the coordinator (process "
             f"0) at {address}, but it is not up: {status.reason} ({status.message}). "
             "Start process 0 there, or allow it more time."
         ) from error

@@ -59,11 +59,15 @@ def trained(example):
         args.expire_after, args.checkpoint_every = 6, 4
         step = example.make_step(tx)
 
-        def train(steps, *, checkpoint=None, first_rows=16, admit_after=2):
+        def train(steps, *, checkpoint=None, first_rows=16, rows=1024, cached=False):
             patch.setattr(example, "FIRST_ROWS", first_rows)
             args.steps, args.checkpoint = steps, checkpoint
-            way = example.Way("way", 1024, admit_after)
-            return example.train(way, data, tx, step, args)
+            way = example.Way("way", rows, admit_after=2, stored=cached)
+            if not cached:
+                return example.train(way, data, tx, step, args)
+            with pytest.MonkeyPatch.context() as few:
+                few.setattr(example, "MOVIES_PER_USER", 1)  # users come and go as well
+                return example.train_cached(way, data, tx, step, args)
 
         yield data, train
 
@@ -113,39 +117,52 @@ def numbers(output):
     )
 
 
+def test_a_cache_has_the_errors_of_tables_that_hold_everything(trained):
+    _, train = trained
+    growing, cached = train(10), train(10, rows=10, cached=True)
+    assert np.array(growing.errors).tobytes() == np.array(cached.errors).tobytes()
+
+
+# How far a way must be when the run is killed.
+KILLED = {"growing": "growing/60", "cached": "cached/errors-60.npy"}
+
+
 @pytest.mark.slow
-def test_a_killed_run_continues_to_the_same_bits(tmp_path):
+@pytest.mark.parametrize("way", KILLED)
+def test_a_killed_run_continues_to_the_same_bits(way, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     whole.mkdir(), killed.mkdir()
     first = subprocess.run(quick(whole), check=True, capture_output=True, text=True)
-    assert len(numbers(first.stdout)) == 4, first.stdout
+    assert len(numbers(first.stdout)) == 6, first.stdout
     assert (whole / "stream.png").read_bytes().startswith(b"\x89PNG")
     assert "loss=" in first.stderr
+    assert "moves=" in first.stderr
+    assert "the same to the last bit" in first.stdout
     process = subprocess.Popen(
         quick(killed), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     try:
         end = time.monotonic() + 100
-        while not (killed / "saved" / "growing" / "60").exists():
+        while not (killed / "saved" / KILLED[way]).exists():
             assert process.poll() is None
             assert time.monotonic() < end
             time.sleep(0.005)
     finally:
         process.kill()  # SIGKILL
         process.wait()
-    assert not (killed / "saved" / "growing" / "200").exists()
+    assert not (killed / "saved" / KILLED[way].replace("60", "200")).exists()
     second = subprocess.run(quick(killed), check=True, capture_output=True, text=True)
-    assert "growing: continuing after step" in second.stdout
+    assert f"{way}: continuing after step" in second.stdout
     assert numbers(second.stdout) == numbers(first.stdout)
-    for way in "growing", "admit-all", "collide-4096":
-        one, other = (restored(x / "saved" / way) for x in (whole, killed))
+    for name in "growing", "admit-all", "share-row-0", "collide-4096":
+        one, other = (restored(x / "saved" / name) for x in (whole, killed))
         assert one[0] == other[0] == 200
         assert_same_bits(one[1], other[1])
     others = subprocess.run(
         quick(killed, "--dim", "3"), check=False, capture_output=True, text=True
     )
     assert others.returncode == 1
-    assert "is of a run with" in others.stderr
+    assert "has --dim 8, not 3: continue it with its own options" in others.stderr
 
 
 def test_bad_options_are_refused(example, monkeypatch, capsys):
@@ -153,4 +170,5 @@ def test_bad_options_are_refused(example, monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["train_stream.py", *options])
         with pytest.raises(SystemExit):
             example.parse_args()
-        assert f"{options[0]} must be at least" in capsys.readouterr().err
+        errors = capsys.readouterr().err
+        assert f"{options[0]}: must be a whole number of at least" in errors

@@ -162,7 +162,7 @@ def make_cache(tx, sizes, **options):
     """A cache for a device with tables of so many rows, params and state."""
     params = parameters(sizes)
     cache = RowCache(tx, params, TABLES, init=INIT, **options)
-    cache._tables = device_tables(tx, sizes)
+    cache._traffic.tables = device_tables(tx, sizes)
     return cache, params, tx.init(params)
 
 
@@ -197,13 +197,13 @@ def train_on(cache, params, state, tx, batches, *, depth=3, expire_after=None):
 
 def cached_by_id(cache, params, state):
     """The same as `by_id`, of a cache."""
-    cache._write_back(params, state)
+    cache._traffic.write_back(params, state)
     leaves = jax.tree.leaves_with_path((params, state))
     found = {
         jax.tree_util.keystr(leaves[i][0]): np.asarray(leaves[i][1]).tobytes()
-        for i in cache._tables.dense()
+        for i in cache._traffic.tables.dense()
     }
-    for cached in cache._ids.values():
+    for cached in cache._traffic.ids.values():
         numbers = {"row 0": 0} | dict(cached.ids.items())
         for i, number in numbers.items():
             record = cached.store.read(np.array([number]))

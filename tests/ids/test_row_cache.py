@@ -87,7 +87,7 @@ def test_ids_that_return_before_the_device_has_handed_them_back():
     expected, _ = train_all_rows(ADAGRAD, batches)
     cache, params, state = make_cache(ADAGRAD, SIZES)
     planned = [(b, *cache.assign(ids_of(b), time=time_of(b))) for b in batches]
-    pending = [m._tables[name]._pending for *_, m in planned for name in m._tables]
+    pending = [m.tables[name]._pending for *_, m in planned for name in m.tables]
     assert sum(len(theirs) for each in pending for *_, theirs in each) > 100
     step = make_step(ADAGRAD)
     for batch, rows, moves in planned:
@@ -183,8 +183,12 @@ def test_moves_copy_no_table():
     tx = lazy_rows(embedding.adam(0.1))
     cache, state = RowCache(tx, params, "x", init=uniform_rows(1.0)), tx.init(params)
     _, moves = cache.assign({"x": np.arange(64)})
-    arrays = {name: table.arrays() for name, table in moves._tables.items()}
-    memory = cache._tables.move.lower(params, state, arrays).compile().memory_analysis()
+    arrays = {name: table.arrays() for name, table in moves.tables.items()}
+    memory = (
+        cache._traffic.tables.move.lower(params, state, arrays)
+        .compile()
+        .memory_analysis()
+    )
     assert memory.temp_size_in_bytes < 4 * rows  # nor the smallest
     assert memory.alias_size_in_bytes >= 3 * 4 * 9 * rows
 
@@ -230,6 +234,8 @@ def test_bad_batches():
     with pytest.raises(TypeError, match="Ids must be integers"):
         cache.assign({"item": [0.5]})
     with pytest.raises(ValueError, match=r"rows of shape \(1, 2\)"):
+        cache.assign({"item": [1]})
+    with pytest.raises(RuntimeError, match="stopped this cache amid a batch"):
         cache.assign({"item": [1]})
     with pytest.raises(ValueError, match="depth must be at least 1"):
         cache.prefetch([], lambda _: {}, depth=0)

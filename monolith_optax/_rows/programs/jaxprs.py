@@ -128,12 +128,27 @@ def bind(equation: Equation, operands: Sequence[Any], **changed: Any) -> list[An
       operands: its new operands.
       **changed: parameters of the equation that get another value.
     """
+    with standing_at(equation):
+        return _bind(equation, operands, changed)
+
+
+def _bind(
+    equation: Equation, operands: Sequence[Any], changed: dict[str, Any]
+) -> list[Any]:
     primitive = equation.primitive
     params = primitive.get_bind_params({**equation.params, **changed})
     functions, params = params if isinstance(params, tuple) else ((), params)
-    with standing_at(equation):
-        results = primitive.bind(*functions, *operands, **params)
+    results = primitive.bind(*functions, *operands, **params)
     return list(results) if primitive.multiple_results else [results]
+
+
+def evaluate_now(
+    equation: Equation, operands: Sequence[Any], **changed: Any
+) -> list[np.ndarray]:
+    """Applies an equation to NumPy's arrays while a program is traced, on no mesh."""
+    no_mesh = jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ()))
+    with jax.ensure_compile_time_eval(), jax.transfer_guard("allow"), no_mesh:
+        return list(map(np.asarray, _bind(equation, operands, changed)))
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 from monolith_optax._rows.programs.jaxprs import Equation, type_of
+from monolith_optax._rows.programs.primitives import PLACEMENTS
 
 # Stands for 0 and -0, in any mixture.
 _EITHER_ZERO = object()
@@ -101,6 +102,8 @@ def _evaluated(
     count = len(equation.outvars)
     if any(value is None for value in found):
         return [None] * count
+    if equation.primitive.name in PLACEMENTS:
+        return list(found)
     cases: list[list[Any]] = [[] for _ in range(count)]
     signs = [(0.0, -0.0) if value is _EITHER_ZERO else (value,) for value in found]
     for values in itertools.product(*signs):
@@ -108,9 +111,7 @@ def _evaluated(
             np.asarray(value, type_of(operand).dtype)
             for value, operand in zip(values, equation.invars, strict=True)
         ]
-        # Constants may be computed where the user forbids transfers of data.
-        with jax.ensure_compile_time_eval(), jax.transfer_guard("allow"):
-            results = [np.asarray(result).reshape(-1) for result in evaluate(typed)]
+        results = [result.reshape(-1) for result in evaluate(typed)]
         for case, result in zip(cases, results, strict=True):
             case.extend(result)
     return [_same(case) if case else None for case in cases]

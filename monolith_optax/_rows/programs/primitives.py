@@ -26,6 +26,9 @@ ELEMENTWISE = frozenset(
 # These make rows from something that has none.
 MAKERS = frozenset({"broadcast_in_dim", "iota", "random_bits"})
 
+# These say where arrays are, and change no number.
+PLACEMENTS = frozenset({"optimization_barrier", "pcast", "pvary", "reshard"})
+
 # What these say of whole tables need not hold for rows of a batch.
 HINTS = frozenset({"optimization_barrier", "sharding_constraint"})
 

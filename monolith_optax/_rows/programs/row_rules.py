@@ -7,57 +7,14 @@ stack of tables has several, which are a single axis in the rows of a batch.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
 
-import jax.numpy as jnp
+import numpy as np
 
-from monolith_optax._rows.programs.jaxprs import Equation, alike, bind, type_of
+from monolith_optax._rows.programs.jaxprs import Equation, type_of
+from monolith_optax._rows.programs.plans import Plan as Plan
+from monolith_optax._rows.programs.plans import shapes_of
 from monolith_optax._rows.programs.primitives import ELEMENTWISE as ELEMENTWISE
 from monolith_optax._rows.programs.primitives import MAKERS
-from monolith_optax._shardings import without_row_axes
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How to apply an equation to some rows.
-
-    Attributes:
-      equation: the equation.
-      by_row: which operands must have a row axis; the others are whole.
-      sizes: the parameters that speak of rows or axes, for a number of rows.
-      row_axes: how many axes of the equation's arrays are rows.
-    """
-
-    equation: Equation
-    by_row: list[bool]
-    sizes: Callable[[int], dict[str, Any]] = lambda _: {}
-    row_axes: int = 1
-
-    def apply(self, num_rows: int, operands: Sequence[Any]) -> list[Any]:
-        """The rows of the results, for as many rows of the operands."""
-        # Shardings in a program are those of whole tables, rows of a batch have none.
-        shardings = {
-            name: without_row_axes(self.equation.params[name], self.row_axes)
-            for name in ("sharding", "out_sharding", "dst_sharding")
-            if self.equation.params.get(name) is not None
-        }
-        if self.row_axes > 1 and self.equation.primitive.name in _BROADCASTING:
-            operands = [
-                operand if row else self._with_one_row_axis(operand)
-                for row, operand in zip(self.by_row, operands, strict=True)
-            ]
-        params = shardings | self.sizes(num_rows)
-        return bind(self.equation, alike(operands), **params)
-
-    def _with_one_row_axis(self, operand: Any) -> Any:
-        """A whole operand whose row axes all have the length 1, if it has any."""
-        shape = jnp.shape(operand)
-        ones = len(shape) >= self.row_axes and math.prod(shape[: self.row_axes]) == 1
-        return operand.reshape(1, *shape[self.row_axes :]) if ones else operand
-
-
-_BROADCASTING = ELEMENTWISE | {"broadcast_in_dim"}
 
 
 def plan(equation: Equation, by_row: Sequence[bool], row_axes: int = 1) -> Plan | None:
@@ -87,10 +44,6 @@ def makes_rows(equation: Equation, row_axes: int = 1) -> bool:
     return plan(equation, [False] * len(equation.invars), row_axes) is not None
 
 
-def _shapes(equation: Equation) -> list[tuple[int, ...]]:
-    return [type_of(operand).shape for operand in equation.invars]
-
-
 def _later(axes: Sequence[int], count: int) -> tuple[int, ...]:
     """Axes that come after those of rows, once these are one."""
     return tuple(axis - count + 1 for axis in axes)
@@ -104,7 +57,7 @@ def _elementwise(equation: Equation, by_row: list[bool], count: int) -> Plan | N
     [shape] = shapes
     axes = shape[:count]
     needed = []
-    for operand, row in zip(_shapes(equation), by_row, strict=True):
+    for operand, row in zip(shapes_of(equation), by_row, strict=True):
         if any(a not in (1, b) for a, b in zip(operand, shape, strict=False)):
             return None
         first = operand[:count]
@@ -119,7 +72,7 @@ def _elementwise(equation: Equation, by_row: list[bool], count: int) -> Plan | N
 def _broadcast_in_dim(
     equation: Equation, by_row: list[bool], count: int
 ) -> Plan | None:
-    shape, [before] = equation.params["shape"], _shapes(equation)
+    shape, [before] = equation.params["shape"], shapes_of(equation)
     axes = tuple(equation.params["broadcast_dimensions"])
     has_rows = axes[:count] == tuple(range(count)) and before[:count] == shape[:count]
     if len(shape) < count or by_row[0] != has_rows:
@@ -145,11 +98,12 @@ def _of_axes(name: str) -> "Rule":
 
     def rule(equation: Equation, by_row: list[bool], count: int) -> Plan | None:
         given = equation.params[name]
-        axes = (given,) if isinstance(given, int) else tuple(given)
+        is_one = np.ndim(given) == 0
+        axes = (int(given),) if is_one else tuple(given)
         if any(axis < count for axis in axes):
             return None
         moved = _later(axes, count)
-        new = moved[0] if isinstance(given, int) else moved
+        new = moved[0] if is_one else moved
         needed = [any(by_row)] * len(by_row)
         return Plan(equation, needed, lambda _: {name: new}, count)
 
@@ -183,7 +137,7 @@ def _dot_general(equation: Equation, by_row: list[bool], count: int) -> Plan | N
     else:
         if batch[0] or all(by_row) or not any(by_row):
             return None
-        is_vector = len(contracted[0]) == len(_shapes(equation)[0])
+        is_vector = len(contracted[0]) == len(shapes_of(equation)[0])
         if by_row[1] and not is_vector:
             return None  # the first axes would be those of the other operand
         if any(axis < count for axis in contracted[by_row.index(True)]):
@@ -215,7 +169,7 @@ def _iota(equation: Equation, by_row: list[bool], count: int) -> Plan | None:
 
 def _random_bits(equation: Equation, by_row: list[bool], count: int) -> Plan | None:
     """Bits of one key for all rows, or of a key for each."""
-    shape, [keys] = equation.params["shape"], _shapes(equation)
+    shape, [keys] = equation.params["shape"], shapes_of(equation)
     if keys:
         return Plan(equation, by_row, row_axes=count) if by_row[0] else None
     if len(shape) < count:
@@ -226,7 +180,7 @@ def _random_bits(equation: Equation, by_row: list[bool], count: int) -> Plan | N
 
 
 def _reshape(equation: Equation, by_row: list[bool], count: int) -> Plan | None:
-    shape, before = equation.params["new_sizes"], _shapes(equation)[0]
+    shape, before = equation.params["new_sizes"], shapes_of(equation)[0]
     if len(shape) < count or shape[:count] != before[:count]:
         return None
     if equation.params["dimensions"] is not None or not any(by_row):
@@ -241,7 +195,7 @@ def _reshape(equation: Equation, by_row: list[bool], count: int) -> Plan | None:
 
 def _slice(equation: Equation, by_row: list[bool], count: int) -> Plan | None:
     start, limit = equation.params["start_indices"], equation.params["limit_indices"]
-    strides, [shape] = equation.params["strides"], _shapes(equation)
+    strides, [shape] = equation.params["strides"], shapes_of(equation)
     steps = tuple(strides or [1] * len(shape))
     if any(start[:count]) or limit[:count] != shape[:count]:
         return None
@@ -277,7 +231,7 @@ def _tile(equation: Equation, by_row: list[bool], count: int) -> Plan | None:
 
 
 def _top_k(equation: Equation, by_row: list[bool], count: int) -> Plan | None:
-    last = len(_shapes(equation)[0]) - 1
+    last = len(shapes_of(equation)[0]) - 1
     axis = equation.params.get("axis", last)
     if axis < count:
         return None

@@ -53,7 +53,7 @@ class Runner:
         self._axes = list(dict.fromkeys(table.axes for table in tables))
         # The kinds of results of the programs in an equation, and the equations that
         # lead there, by their identity.
-        self._kinds: dict[tuple[Any, ...], tuple[Path, list[list[Kind]]]] = {}
+        self._kinds: dict[tuple[Any, ...], tuple[Any, list[list[Kind]]]] = {}
         self._path: Path = ()
         self._only_kinds = False
 
@@ -94,7 +94,7 @@ class Runner:
         if table is None:
             return self._without_rows(equation, operands)
         if name in jaxprs.CUSTOM_DERIVATIVES:
-            return self._with_derivatives(equation, operands, table)
+            return self._with_derivatives(equation, operands)
         return self._on_rows(equation, operands, table)
 
     def _on_rows(
@@ -109,7 +109,7 @@ class Runner:
                 for row, value in zip(plan.by_row, operands, strict=True)
             ]
             results = plan.apply(table.batch_size, arrays)
-            after = known_constants.after(equation, known, _evaluation(plan))
+            after = known_constants.after(equation, known, plan.evaluate)
             return [
                 Rows(array, table, constant)
                 for array, constant in zip(results, after, strict=True)
@@ -129,7 +129,7 @@ class Runner:
         if not plans:
             return self._whole_results(equation, operands)
         known = [value.constant for value in operands]
-        after = known_constants.after(equation, known, _evaluation(plans[0]))
+        after = known_constants.after(equation, known, plans[0].evaluate)
         if any(
             isinstance(value, Whole) and self._as_long(np.shape(value.array))
             for value in operands
@@ -163,7 +163,7 @@ class Runner:
             plan = row_rules.plan(equation, [False] * len(operands))
             known = [value.constant for value in operands]
             if plan is not None:
-                after = known_constants.after(equation, known, _evaluation(plan))
+                after = known_constants.after(equation, known, plan.evaluate)
                 return list(map(Whole, arrays, after))
         is_there = any(
             isinstance(value, Whole) and self._as_long(np.shape(value.array))
@@ -189,9 +189,9 @@ class Runner:
 
         if self._only_kinds:
             results = list(map(run, range(len(programs))))
-            self._keep(equation, results)
+            self._keep(equation, operands, results)
         else:
-            self._find_kinds(equation, lambda: self._cond(equation, operands))
+            self._find_kinds(equation, operands, self._cond)
 
         def switch(take: Callable[[list[Value]], Any]) -> Any:
             if self._only_kinds:
@@ -199,7 +199,7 @@ class Runner:
             branches = [lambda which=w: take(run(which)) for w in range(len(programs))]
             return lax.switch(index.at(None), branches)
 
-        by_result = list(zip(*self._kinds_in(equation), strict=True))
+        by_result = list(zip(*self._kinds_in(equation, operands), strict=True))
         tables = [common_table(equation, each) for each in by_result]
         known = [
             known_constants.joined([k.constant for k in each]) for each in by_result
@@ -218,25 +218,26 @@ class Runner:
         return list(map(result, range(len(by_result))))
 
     def _with_derivatives(
-        self, equation: Equation, operands: list[Value], table: Table
+        self, equation: Equation, operands: list[Value]
     ) -> Sequence[Value]:
         """Runs a `custom_jvp` or `custom_vjp` function so that it keeps its rule."""
-        program = jaxprs.called_program(equation)
+        program, table = (
+            jaxprs.called_program(equation),
+            common_table(equation, operands),
+        )
         assert program is not None
         operands = [
             Rows(value.at(table), table, value.constant)
-            if isinstance(value, Later)
+            if table and isinstance(value, Later)
             else value
             for value in operands
         ]
         if self._only_kinds:
             results = self._inside(equation, 0, program, operands)
-            self._keep(equation, [results])
+            self._keep(equation, operands, [results])
             return results
-        self._find_kinds(
-            equation, lambda: self._with_derivatives(equation, operands, table)
-        )
-        [kinds] = self._kinds_in(equation)
+        self._find_kinds(equation, operands, self._with_derivatives)
+        [kinds] = self._kinds_in(equation, operands)
         path = self._path
 
         def run(program: Program, operands: Sequence[Value]) -> list[Value]:
@@ -264,13 +265,18 @@ class Runner:
         finally:
             self._path = before
 
-    def _find_kinds(self, equation: Equation, run: Callable[[], Any]) -> None:
+    def _find_kinds(
+        self,
+        equation: Equation,
+        operands: list[Value],
+        run: Callable[[Equation, list[Value]], Any],
+    ) -> None:
         """Runs an equation's programs for the kinds of their results, but once only."""
-        if self._key(equation) in self._kinds:
+        if self._key(equation, operands) in self._kinds:
             return
 
         def abstractly() -> None:
-            run()
+            run(equation, operands)
 
         self._only_kinds = True
         try:
@@ -278,16 +284,21 @@ class Runner:
         finally:
             self._only_kinds = False
 
-    def _keep(self, equation: Equation, results: list[list[Value]]) -> None:
+    def _keep(
+        self, equation: Equation, operands: list[Value], results: list[list[Value]]
+    ) -> None:
         kinds = [list(map(kind, each)) for each in results]
-        path = (*self._path, (equation, 0))
-        self._kinds[self._key(equation)] = path, kinds
+        # What the key names must live as long as it does.
+        kept = self._path, equation, operands
+        self._kinds[self._key(equation, operands)] = kept, kinds
 
-    def _kinds_in(self, equation: Equation) -> list[list[Kind]]:
-        return self._kinds[self._key(equation)][1]
+    def _kinds_in(self, equation: Equation, operands: list[Value]) -> list[list[Kind]]:
+        return self._kinds[self._key(equation, operands)][1]
 
-    def _key(self, equation: Equation) -> tuple[Any, ...]:
-        return (*((id(each), which) for each, which in self._path), id(equation))
+    def _key(self, equation: Equation, operands: list[Value]) -> tuple[Any, ...]:
+        tables = (value.table for value in operands if isinstance(value, Rows))
+        path = ((id(each), which) for each, which in self._path)
+        return (*path, id(equation), *map(id, tables))
 
 
 def _why_not(equation: Equation, table: Table) -> str:
@@ -299,21 +310,6 @@ def _why_not(equation: Equation, table: Table) -> str:
     return (
         f"is not known to keep rows of {table.name} apart, so it may need rows that "
         "the batch does not look up"
-    )
-
-
-def _evaluation(plan: row_rules.Plan) -> Callable[[list[Any]], list[Any]]:
-    """Applies a plan to constants, which are those of a single row."""
-    equation, count = plan.equation, plan.row_axes
-    if equation.primitive.name in primitives.ELEMENTWISE:
-        return lambda values: jaxprs.bind(equation, values)
-    shapes = [jaxprs.type_of(operand).shape for operand in equation.invars]
-    return lambda values: plan.apply(
-        1,
-        [
-            jnp.full((1, *shape[count:]) if row else shape, value)
-            for row, shape, value in zip(plan.by_row, shapes, values, strict=True)
-        ],
     )
 
 

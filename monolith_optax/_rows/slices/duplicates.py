@@ -81,10 +81,9 @@ def one_position(ids: jax.Array, num_rows: ArrayLike) -> jax.Array:
 
     Ids of no row get a position beyond the batch. `num_rows` is a uint32.
     """
-    if len(ids) > MOST_PAIRS:
-        return _by_hashing(ids, num_rows)
+    on_gpu = _by_pairs if len(ids) <= MOST_PAIRS else _by_sorting
     positions: jax.Array = jax.lax.platform_dependent(
-        ids, num_rows, cuda=_by_pairs, rocm=_by_pairs, default=_by_hashing
+        ids, num_rows, cuda=on_gpu, rocm=on_gpu, default=_by_hashing
     )
     return positions
 
@@ -131,6 +130,23 @@ def _by_pairs(ids: jax.Array, num_rows: ArrayLike) -> jax.Array:
     return jnp.where(ids.astype(jnp.uint32) < num_rows, last, len(ids))
 
 
+def _by_sorting(ids: jax.Array, num_rows: ArrayLike) -> jax.Array:
+    """Sorts the ids once, and finds the end of each id's run by halving.
+
+    The steps of that search are written out, so that one kernel takes them all.
+    """
+    size = len(ids)
+    here = 0 * ids + jnp.arange(size, dtype=jnp.int32)  # inside shard_map as ids are
+    ascending, order = jax.lax.sort((ids, here), num_keys=1, is_stable=True)
+    up_to = 0 * ids  # how many of the sorted ids are known to be no greater
+    for bit in reversed(range(size.bit_length())):
+        more = up_to + (1 << bit)
+        greatest = _within(ascending, jnp.minimum(more, size) - 1)
+        up_to = jnp.where((more <= size) & (greatest <= ids), more, up_to)
+    last = _within(order, up_to - 1)
+    return jnp.where(ids.astype(jnp.uint32) < num_rows, last, size)
+
+
 def _within(array: jax.Array, indices: jax.Array) -> jax.Array:
     return array.at[indices].get(mode="promise_in_bounds", wrap_negative_indices=False)
 
@@ -138,7 +154,7 @@ def _within(array: jax.Array, indices: jax.Array) -> jax.Array:
 # Beyond every table, as `check_size` holds.
 LAST_ID = np.iinfo(np.int32).max
 
-# Comparing all pairs of 16,384 ids takes longer than the loop, on an H200.
+# Comparing all pairs of 16,384 ids takes longer than a loop, on an H200.
 MOST_PAIRS = 8192
 
 _NO_LIMIT = np.uint32(2**32 - 1)

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from typing import TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from monolith_optax._rows.slices.duplicates import (
     is_beyond,
     sum_duplicates,
 )
+from monolith_optax._rows.slices.spread import Placement
 from monolith_optax._shardings import explicit_sharding, replicated, rows_sharding
 
 
@@ -28,11 +30,18 @@ class Table:
       ids: for each position in the batch a row id, no two of them the same. Positions
         of padding and of further occurrences of an id have ids beyond the table, for
         which `is_beyond` holds.
+      placement: where the rows are, if they are spread over devices.
     """
 
-    def __init__(self, name: str, rows: int | tuple[int, ...], ids: jax.Array) -> None:
+    def __init__(
+        self,
+        name: str,
+        rows: int | tuple[int, ...],
+        ids: jax.Array,
+        placement: Placement | None = None,
+    ) -> None:
         """Gives the number of rows, or the axes that count them."""
-        self.name, self.ids = name, ids
+        self.name, self.ids, self.placement = name, ids, placement
         self.axes = rows if isinstance(rows, tuple) else (rows,)
         self.num_rows = math.prod(self.axes)
 
@@ -59,6 +68,8 @@ class Table:
         derivative of a gather is, drops those beyond. JAX's modes that do more keep
         XLA from fusing gathers, and a step takes half as long again.
         """
+        if self.placement is not None:
+            return self.placement.gather(array, self.ids)
         if self.num_rows == 0:
             return jnp.zeros((self.batch_size, *jnp.shape(array)[1:]), array.dtype)
         return (
@@ -92,6 +103,8 @@ class Table:
 
     def scatter(self, array: jax.Array, rows: jax.Array) -> jax.Array:
         """The array with new rows, of which those beyond it are dropped."""
+        if self.placement is not None:
+            return self.placement.scatter(array, self.ids, rows)
         return (
             jnp.asarray(array, rows.dtype)
             .at[self.ids]
@@ -137,13 +150,51 @@ def fetched(table: jax.Array, ids: jax.Array, row_axes: int) -> jax.Array:
     return rows
 
 
-def add_rows(table: jax.Array, ids: jax.Array, rows: jax.Array) -> jax.Array:
+def touched(
+    name: str,
+    array: jax.Array,
+    axes: tuple[int, ...],
+    ids: jax.Array,
+    rows: jax.Array,
+    placement: Placement | None,
+) -> tuple[Table, jax.Array]:
+    """The rows of a table that slices name, and the sums of theirs.
+
+    Args:
+      name: the path of the table in the parameters.
+      array: the table.
+      axes: its first axes, which count its rows.
+      ids: those of the slices.
+      rows: theirs.
+      placement: theirs.
+    """
+    num_rows = math.prod(axes)
+    if _is_of(placement, num_rows):
+        ids, rows, placement = placement.sum_duplicates(ids, rows)
+        return Table(name, axes, ids, placement), rows
+    ids, rows = replicated(ids, array), replicated(rows, array)
+    ids, rows = sum_duplicates(ids, rows, num_rows)
+    return Table(name, axes, ids), rows
+
+
+def add_rows(
+    table: jax.Array,
+    ids: jax.Array,
+    rows: jax.Array,
+    placement: Placement | None = None,
+) -> jax.Array:
     """A table plus the rows of some ids, in the dtype of the table."""
     num_rows, wide = len(table), at_least_float32(table.dtype)
     check_size(num_rows, ids.size)
     if num_rows == 0:
         return table
     rows = rows.astype(wide)
+    if _is_of(placement, num_rows):
+        if wide == table.dtype:
+            return placement.add(table, ids, rows)
+        ids, rows, placement = placement.sum_duplicates(ids, rows)
+        old = placement.gather(table, ids).astype(wide)
+        return placement.scatter(table, ids, (old + rows).astype(table.dtype))
     if wide == table.dtype:
         return table.at[replicated(ids, table)].add(
             replicated(rows, table),
@@ -167,3 +218,8 @@ def add_rows(table: jax.Array, ids: jax.Array, rows: jax.Array) -> jax.Array:
         wrap_negative_indices=False,
         out_sharding=explicit_sharding(table),
     )
+
+
+def _is_of(placement: Placement | None, num_rows: int) -> TypeGuard[Placement]:
+    """Whether slices are placed as a table of so many rows is spread."""
+    return placement is not None and placement.spread.num_rows == num_rows

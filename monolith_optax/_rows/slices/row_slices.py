@@ -12,6 +12,7 @@ from monolith_optax._public import public
 from monolith_optax._rows.slices.duplicates import at_least_float32
 from monolith_optax._rows.slices.opaque_ids import int32_ids, is_opaque, opaque, plain
 from monolith_optax._rows.slices.row_access import add_rows, flattened
+from monolith_optax._rows.slices.spread import Placement
 from monolith_optax._shardings import replicated
 
 
@@ -76,6 +77,7 @@ class RowSlices:
 
     _ids: Any  # opaque, or what stands for a leaf where JAX rebuilds trees
     rows: jax.Array
+    _placement: Placement | None
 
     # NumPy's operators would otherwise take the slices for an element.
     __array_ufunc__ = None
@@ -83,7 +85,32 @@ class RowSlices:
     def __init__(self, ids: ArrayLike, rows: ArrayLike) -> None:
         object.__setattr__(self, "_ids", opaque(int32_ids(ids)))
         object.__setattr__(self, "rows", jnp.asarray(rows))
+        object.__setattr__(self, "_placement", None)
         _check(self)
+
+    @classmethod
+    def placed(
+        cls, ids: jax.Array, rows: jax.Array, placement: Placement | None
+    ) -> "RowSlices":
+        """Slices of a table that is spread over devices; not for users.
+
+        None is the placement of other tables.
+        """
+        return cls.tree_unflatten(None, (opaque(ids), rows, placement))
+
+    @property
+    def placement(self) -> Placement | None:
+        """Where the rows are, if the table is spread over devices; not for users."""
+        if self._placement is not None:
+            given, batches = self._placement.spilled.shape, self._ids.shape[:-1]
+            if given != batches:
+                raise ValueError(
+                    f"The row ids of a spread table have the shape {self._ids.shape}, "
+                    f"but there are placements for {given or 'one'} of its batches: "
+                    "slices have been reshaped, and nothing tells which device has "
+                    "which ids. Use RowSlices.concatenate or `+` to join them."
+                )
+        return self._placement
 
     @property
     def ids(self) -> jax.Array:
@@ -105,7 +132,8 @@ class RowSlices:
 
     def with_rows(self, rows: ArrayLike) -> "RowSlices":
         """Other rows for the same ids."""
-        slices = RowSlices.tree_unflatten(None, (self._ids, jnp.asarray(rows)))
+        children = self._ids, jnp.asarray(rows), self._placement
+        slices = RowSlices.tree_unflatten(None, children)
         _check(slices)
         return slices
 
@@ -131,6 +159,8 @@ class RowSlices:
             raise ValueError(
                 f"Slices of one table have rows of one shape, not {row_shapes or None}."
             )
+        if any(part.placement is not None for part in slices):
+            return _concatenated_on_devices(slices)
         [row_shape] = row_shapes
         return RowSlices(
             jnp.concatenate([replicated(part.ids).reshape(-1) for part in slices]),
@@ -161,7 +191,8 @@ class RowSlices:
                 f"Rows of {self.rows.dtype} cannot be added to a table of "
                 f"{table.dtype}: it must have a floating-point dtype."
             )
-        total = add_rows(flattened(table, axes), self.ids, self.rows)
+        flat = flattened(table, axes)
+        total = add_rows(flat, self.ids, self.rows, self.placement)
         return total.reshape(table.shape)
 
     __radd__ = __add__
@@ -219,14 +250,17 @@ class RowSlices:
 
     def tree_flatten_with_keys(self) -> tuple[Any, None]:
         key = jax.tree_util.GetAttrKey
-        return ((key("ids"), self._ids), (key("rows"), self.rows)), None
+        names = "ids", "rows", "placement"
+        children = self._ids, self.rows, self._placement
+        return tuple(zip(map(key, names), children, strict=True)), None
 
     @classmethod
-    def tree_unflatten(cls, _: None, children: tuple[Any, Any]) -> "RowSlices":
+    def tree_unflatten(cls, _: None, children: tuple[Any, Any, Any]) -> "RowSlices":
         # JAX unflattens with placeholders too, which the checks would not understand.
         self = object.__new__(cls)
         object.__setattr__(self, "_ids", children[0])
         object.__setattr__(self, "rows", children[1])
+        object.__setattr__(self, "_placement", children[2])
         return self
 
 
@@ -247,6 +281,24 @@ def row_axes(shape: tuple[int, ...], slices: RowSlices) -> tuple[int, ...] | Non
     if shape[count:] != row_shape or not (count == 1 or is_stack):
         return None
     return shape[:count]
+
+
+def _concatenated_on_devices(slices: Sequence[RowSlices]) -> RowSlices:
+    """The sum of slices of one spread table, each part where it is."""
+    placements = [part.placement for part in slices]
+    first = placements[0]
+    spreads = {placement and placement.spread for placement in placements}
+    if first is None or len(spreads) > 1:
+        raise ValueError(
+            "Slices of a table that is spread over devices can only be added to others "
+            "of the same table: take all of their gradients with the same tables= of "
+            "value_and_row_grad."
+        )
+    flags = [jnp.any(placement.spilled) for placement in placements if placement]
+    ids, rows, placement = first.concatenated(
+        [(part.ids, part.rows) for part in slices], jnp.any(jnp.stack(flags))
+    )
+    return RowSlices.placed(ids, rows, placement)
 
 
 def _check(slices: RowSlices) -> None:

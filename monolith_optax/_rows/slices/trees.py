@@ -111,6 +111,8 @@ def _sums(slices: RowSlices) -> jax.Array:
 
     As in the dense gradient, a sum may be infinite in float16.
     """
+    if slices.placement is not None:
+        return slices.placement.sum_duplicates(slices.ids, slices.rows)[1]
     ids = replicated(slices.ids).reshape(-1)
     return sum_rows(one_position(ids, np.uint32(2**31)), slices.rows, slices.row_shape)
 
@@ -153,6 +155,12 @@ def psum(tree: Tree, axis_name: Any) -> Tree:
     def total(leaf: Any) -> Any:
         if not is_slices(leaf):
             return jax.lax.psum(leaf, axis_name)
+        if leaf.placement is not None:
+            raise ValueError(
+                "The gradient of a table that is spread over devices is that of the "
+                "whole batch, so there is nothing to sum: leave it out of psum and "
+                "pmean."
+            )
         rows = leaf.rows.reshape(leaf.ids.size, *leaf.row_shape)
         return RowSlices(
             _all_gather(leaf.ids.reshape(-1), axis_name), _all_gather(rows, axis_name)

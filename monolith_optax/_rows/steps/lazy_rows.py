@@ -1,7 +1,6 @@
 """lazy_rows: an optimizer step on a table that touches only the rows of a batch."""
 
 import functools
-import math
 from typing import Any
 
 import jax
@@ -19,12 +18,10 @@ from monolith_optax._rows.programs.row_values import (
     Whole,
 )
 from monolith_optax._rows.programs.run_on_rows import Runner
-from monolith_optax._rows.slices.duplicates import sum_duplicates
-from monolith_optax._rows.slices.row_access import Table
+from monolith_optax._rows.slices.row_access import touched
 from monolith_optax._rows.slices.row_slices import RowSlices, is_slices, row_axes
 from monolith_optax._rows.steps.find_slots import slots_of_program, unchanged_slots
 from monolith_optax._rows.steps.state_leaves import Leaf, check_kind, owners
-from monolith_optax._shardings import replicated
 
 
 def lazy_rows(
@@ -181,10 +178,10 @@ def _gradients_and_weights(
             gradients.append(Whole(gradient))
             continue
         axes = row_axes(np.shape(weights[i].array), gradient) or ()
-        ids = replicated(gradient.ids, weights[i].array)
-        rows = replicated(gradient.rows, weights[i].array)
-        ids, rows = sum_duplicates(ids, rows, math.prod(axes))
-        table = Table(weights[i].name, axes, ids)
+        table, rows = touched(
+            *(weights[i].name, weights[i].array, axes),
+            *(gradient.ids, gradient.rows, gradient.placement),
+        )
         gradients.append(Rows(rows, table, ZERO))
         weights[i] = weights[i]._replace(table=table)
     return gradients, weights
@@ -227,7 +224,8 @@ def _update(value: Value, weight: Leaf) -> Any:
     if table is None:
         return weight.all(value)
     # -1 is padding also where nobody knows how many rows there are, as in norms.
-    return RowSlices(jnp.where(table.valid, table.ids, -1), weight.rows(value))
+    ids = jnp.where(table.valid, table.ids, -1)
+    return RowSlices.placed(ids, weight.rows(value), table.placement)
 
 
 def _check_results(shapes: Any, given: Any, leaves: list[Leaf]) -> None:

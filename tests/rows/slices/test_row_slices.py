@@ -1,5 +1,6 @@
 """RowSlices: operators against NumPy, and ids that no arithmetic reaches."""
 
+import functools
 import operator
 from collections.abc import Callable
 
@@ -13,7 +14,9 @@ from monolith_optax import RowSlices, adamom, lazy_rows, value_and_row_grad
 from monolith_optax._rows.slices.duplicates import (
     _by_hashing,
     _by_pairs,
+    _by_sorting,
     is_beyond,
+    one_position,
     sum_duplicates,
 )
 
@@ -271,7 +274,7 @@ def test_adamom_sees_the_sum_of_duplicates_in_a_bfloat16_table():
     assert state.v[:, 0].tolist() == [0, 4096.0**2, 0]
 
 
-@pytest.mark.parametrize("search", [_by_hashing, _by_pairs])
+@pytest.mark.parametrize("search", [_by_hashing, _by_pairs, _by_sorting])
 @pytest.mark.parametrize("num_rows", [1, 7, 2**31 - 1000])
 @pytest.mark.parametrize("size", [0, 1, 500])
 def test_each_search_finds_the_last_position_of_each_id(search, num_rows, size):
@@ -279,6 +282,41 @@ def test_each_search_finds_the_last_position_of_each_id(search, num_rows, size):
     last = {int(i): position for position, i in enumerate(ids) if 0 <= i < num_rows}
     positions = jax.jit(search)(jnp.asarray(ids), np.uint32(num_rows))
     assert positions.tolist() == [last.get(int(i), size) for i in ids]
+
+
+@pytest.mark.parametrize("size", [*range(2, 10), 63, 64, 65, 2**17 + 1])
+def test_sorting_finds_the_last_positions_in_batches_of_any_size(size):
+    rng = np.random.default_rng(size)
+    ids = rng.integers(0, max(2, size // 3), size).astype(np.int32)
+    ids[rng.integers(0, size, 2)] = np.iinfo(np.int32).min, np.iinfo(np.int32).max
+    ids[0] = -1
+    last = np.full(size, size)
+    _, inverse = np.unique(ids, return_inverse=True)
+    np.maximum.at(of_id := np.zeros(size, int), inverse, np.arange(size))
+    valid = (ids >= 0) & (ids < 2**31 - 1)
+    last[valid] = of_id[inverse][valid]
+    positions = jax.jit(_by_sorting)(jnp.asarray(ids), np.uint32(2**31 - 1))
+    np.testing.assert_array_equal(positions, last)
+
+
+def test_each_device_and_each_example_may_search_by_sorting():
+    ids = jnp.array([[3, 1, 3], [2, 2, 9]] * 4, jnp.int32)
+    search = functools.partial(_by_sorting, num_rows=jnp.uint32(5))
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    by_row, expected = jax.sharding.PartitionSpec("x"), [[2, 1, 2], [1, 1, 3]] * 4
+    in_parts = jax.shard_map(
+        lambda part: search(part[0])[None], mesh=mesh, in_specs=by_row, out_specs=by_row
+    )
+    assert jax.jit(in_parts)(ids).tolist() == expected
+    assert jax.vmap(search)(ids).tolist() == expected
+
+
+@pytest.mark.parametrize("size", [1, 8192, 8193, 262_144])
+def test_the_search_for_duplicates_has_no_loop_on_a_gpu(size):
+    ids, num_rows = jnp.zeros(size, jnp.int32), jnp.uint32(7)
+    traced = jax.jit(lambda *args: one_position(*args)).trace(ids, num_rows)
+    assert "stablehlo.while" in traced.lower(lowering_platforms=("cpu",)).as_text()
+    assert "stablehlo.while" not in traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
 def test_sums_of_duplicates():

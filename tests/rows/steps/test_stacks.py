@@ -23,7 +23,12 @@ IDS = jnp.array([[1, 5, 1], [0, N - 1, 7], [7, 2, 2]], jnp.int32)
 
 @pytest.fixture(autouse=True)
 def float64():
-    with jax.enable_x64(True):
+    """64 bits; and dtypes and ranks may meet, as in others' optimizers."""
+    with (
+        jax.enable_x64(True),
+        jax.numpy_dtype_promotion("standard"),
+        jax.numpy_rank_promotion("allow"),
+    ):
         yield
 
 
@@ -99,13 +104,58 @@ def masked_rows(updates, params):
     return {**updates, "t": -updates["t"] * kept.astype(float)}
 
 
-SLOW = ("rmsprop", "adagrad", "ftrl", "norms of rows")
+def rates(*shape):
+    """An optimizer whose rates differ along some axes of a stack."""
+    numbers = jnp.linspace(0.1, 1.0, int(np.prod(shape))).reshape(shape)
+
+    def update(g, _):
+        return {**g, "t": -g["t"] * numbers}
+
+    return optax.stateless(update)
+
+
+def rules(rule):
+    return optax.stateless(lambda g, p: {**g, "t": rule(g["t"], p["t"])})
+
+
+def matrix():
+    return jnp.arange(D * D, dtype=float).reshape(D, D)
+
+
+OPTIMIZERS |= {
+    "rates of columns": lambda: rates(D),
+    "rates of columns of tables": lambda: rates(T, 1, D),
+    "rates of rows": lambda: rates(N, 1),
+    "rates of all rows": lambda: rates(T, N, 1),
+    "rates of tables": lambda: rates(T, 1, 1),
+    "apply_if_finite": lambda: optax.apply_if_finite(optax.adam(0.1), 3),
+    "novograd": lambda: optax.novograd(0.1),
+    "relu": lambda: rules(lambda g, p: jax.nn.relu(g) + jax.nn.softplus(p)),
+    "matmul": lambda: rules(
+        lambda g, p: g @ matrix() + jnp.einsum("enj,jk->enk", p, matrix())
+    ),
+    "argmax": lambda: rules(
+        lambda g, _: g * (jnp.argmax(g, -1)[..., None] == jnp.arange(D)[None, None])
+    ),
+    "column norms": lambda: rules(
+        lambda g, _: g / jnp.linalg.norm(g, axis=(0, 1), keepdims=True)
+    ),
+    "cumsum": lambda: rules(lambda g, p: jnp.cumsum(g, 2) + jnp.sort(p, 2)),
+    "gram": lambda: rules(lambda g, p: g + p @ jnp.einsum("eni,enj->ij", g, p)),
+    "cond": lambda: rules(
+        lambda g, p: jax.lax.cond(jnp.sum(g) > 0, lambda: g + p, lambda: -g)
+    ),
+}
+
+
+FAST = ("adamom", "clipped", "constant mask", "rates of columns", "rates of rows")
+FAST += ("apply_if_finite", "relu", "matmul", "column norms")
 
 
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=pytest.mark.slow if name in SLOW else [])
+        pytest.param(name, marks=[] if name in FAST else pytest.mark.slow)
         for name in OPTIMIZERS
     ],
 )
@@ -152,6 +202,38 @@ def test_a_donated_step_on_a_stack_makes_nothing_of_its_size():
     lowered = jax.jit(step, donate_argnums=(0, 1)).lower(before, lazy.init(before), IDS)
     memory = lowered.compile().memory_analysis()
     assert memory.temp_size_in_bytes < before["t"].nbytes // 4
+
+
+def test_noise_is_drawn_for_the_rows_of_a_stack():
+    lazy, before = lazy_rows(optax.add_noise(0.01, 0.55, 0)), {"t": normal(T, N, D)}
+    slices = RowSlices(jnp.arange(1000), jnp.full((1000, D), 5.0))
+    updates, _ = lazy.update({"t": slices}, lazy.init(before), before)
+    rows = updates["t"].rows
+    np.testing.assert_allclose(np.std(rows), 0.1, rtol=0.05)
+    assert len(np.unique(rows)) > 3990
+
+
+def test_a_stack_beside_a_table_with_a_row_for_each_of_its_tables():
+    """The numbers of the table's entries and of the stack's rows are the same."""
+    before = {"t": normal(3, 5, 2), "u": normal(3, 5, seed=1)}
+    inner = optax.chain(optax.clip_by_global_norm(0.5), optax.adam(0.1))
+    gradients = {
+        "t": RowSlices(jnp.array([7, 7, 0]), normal(3, 2)),
+        "u": RowSlices(jnp.array([2, 0]), normal(2, 5)),
+    }
+    dense = {
+        "t": gradients["t"].to_dense((3, 5)),
+        "u": gradients["u"].to_dense(3),
+    }
+    lazy = lazy_rows(inner)
+    updates, state = lazy.update(gradients, lazy.init(before), before)
+    expected, dense_state = inner.update(dense, inner.init(before), before)
+    for key, touched in ("t", ([1, 0], [2, 0])), ("u", ([2, 0],)):
+        actual = updates[key].to_dense(before[key].shape[: len(touched)])
+        np.testing.assert_allclose(actual[touched], expected[key][touched], rtol=1e-10)
+        np.testing.assert_allclose(
+            state[1][0].nu[key], dense_state[1][0].nu[key], rtol=1e-10
+        )
 
 
 def of_axes(*axes):

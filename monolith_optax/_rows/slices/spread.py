@@ -1,0 +1,196 @@
+"""Tables whose rows are spread over devices, in blocks, and slices of such tables.
+
+A `Spread` says over which axes of a mesh; that is static. Slices of a spread table are
+arrays that are split over these axes, and a `Placement` says what a device's part of
+them holds: the ids of its own rows or, if a batch has spilled, any ids. Everything here
+is called with whole arrays, and works on each device's part in `jax.shard_map`.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from monolith_optax._rows.slices import ring
+from monolith_optax._rows.slices.exchange import Axes
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How the rows of a table are spread.
+
+    Attributes:
+      mesh: the abstract mesh.
+      axes: the mesh axes over which the rows are split, in blocks.
+      num_rows: how many rows the table has.
+    """
+
+    mesh: Any
+    axes: Axes
+    num_rows: int
+
+    @property
+    def all_axes(self) -> Axes:
+        """All axes of the mesh, those of the rows last: a batch is split over them."""
+        others = [axis for axis in self.mesh.axis_names if axis not in self.axes]
+        return (*others, *self.axes)
+
+    @property
+    def other_axes(self) -> Axes:
+        """The axes over which each row is on several devices."""
+        return self.all_axes[: -len(self.axes)]
+
+    @property
+    def by_rows(self) -> PartitionSpec:
+        """The sharding of arrays that are split as the table's rows are."""
+        return PartitionSpec(self.axes)
+
+    def on_devices(self, local: Callable[..., Any], specs: Any, out: Any) -> Any:
+        """A function of whole arrays that runs another one on each device's part.
+
+        Args:
+          local: the other one.
+          specs: how its arguments are split.
+          out: how its results are split.
+        """
+
+        def whole(*args: Any) -> Any:
+            # Where axes are explicit, this runs inside `automatic`.
+            mesh = jax.sharding.get_abstract_mesh() if self._is_explicit else self.mesh
+            return jax.shard_map(
+                local, mesh=mesh, in_specs=specs, out_specs=out, check_vma=False
+            )(*args)
+
+        return whole
+
+    def automatic(self, function: Callable[..., Any], out: Any) -> Any:
+        """The function, on automatic axes.
+
+        Args:
+          function: a function of whole arrays.
+          out: how its results are split, where axes are explicit.
+        """
+        if not self._is_explicit:
+            return function
+        placed = jax.tree.map(
+            lambda spec: NamedSharding(self.mesh, spec), out, is_leaf=_is_spec
+        )
+        return jax.sharding.auto_axes(function, out_sharding=placed)
+
+    @property
+    def _is_explicit(self) -> bool:
+        return AxisType.Explicit in self.mesh.axis_types
+
+
+def _is_spec(node: Any) -> bool:
+    return isinstance(node, PartitionSpec)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Placement:
+    """Where slices of a spread table are.
+
+    Attributes:
+      spilled: whether ids may be on any device. If not, each is on the one that owns
+        its row. Several batches that are stacked have one of these each.
+      spread: how the rows of the table are spread.
+    """
+
+    spilled: jax.Array
+    spread: Spread = field(metadata={"static": True})
+
+    def gather(self, array: jax.Array, ids: jax.Array) -> jax.Array:
+        """Rows of distinct ids, of an array that is as long as the table."""
+        new: jax.Array = _gather(jnp.asarray(array), ids, self.spilled, self.spread)
+        return new
+
+    def scatter(self, array: jax.Array, ids: jax.Array, rows: jax.Array) -> jax.Array:
+        """The array with new rows at distinct ids."""
+        new: jax.Array = _scatter(
+            jnp.asarray(array), ids, rows, self.spilled, self.spread, False
+        )
+        return new
+
+    def add(self, array: jax.Array, ids: jax.Array, rows: jax.Array) -> jax.Array:
+        """The array with rows added, in a dtype that is wide enough for sums."""
+        new: jax.Array = _scatter(array, ids, rows, self.spilled, self.spread, True)
+        return new
+
+    def sum_duplicates(
+        self, ids: jax.Array, rows: jax.Array
+    ) -> tuple[jax.Array, jax.Array, "Placement"]:
+        """The ids and rows in one dimension, with each id once on one of the devices.
+
+        With them comes where they are: of several batches, one has become.
+        """
+        spilled = jnp.any(self.spilled)
+        ids, rows = _sum_duplicates(ids, rows, spilled, self.spread)
+        return ids, rows, Placement(spilled, self.spread)
+
+    def concatenated(
+        self, parts: Sequence[tuple[jax.Array, jax.Array]], spilled: jax.Array
+    ) -> tuple[jax.Array, jax.Array, "Placement"]:
+        """Several ids and rows of a table as one, for each device by itself."""
+        ids, rows = _concatenate(tuple(parts), self.spread)
+        return ids, rows, Placement(spilled, self.spread)
+
+
+@functools.partial(jax.jit, static_argnames="spread")
+def _gather(array: Any, ids: Any, spilled: Any, spread: Spread) -> Any:
+    local = functools.partial(ring.gather, axes=spread.axes)
+    specs = spread.by_rows, spread.by_rows, PartitionSpec()
+    whole = spread.on_devices(local, specs, spread.by_rows)
+    return spread.automatic(whole, spread.by_rows)(array, ids, spilled)
+
+
+@functools.partial(jax.jit, static_argnames=("spread", "add"))
+def _scatter(
+    array: Any, ids: Any, rows: Any, spilled: Any, spread: Spread, add: bool
+) -> Any:
+    def local(array: Any, ids: Any, rows: Any, spilled: Any) -> Any:
+        rows = rows.reshape(-1, *array.shape[1:])
+        return ring.scatter(
+            array, ids.reshape(-1), rows, jnp.any(spilled), spread.axes, add=add
+        )
+
+    specs = spread.by_rows, _of_slices(ids, spread), _of_slices(ids, spread)
+    whole = spread.on_devices(local, (*specs, PartitionSpec()), spread.by_rows)
+    return spread.automatic(whole, spread.by_rows)(array, ids, rows, spilled)
+
+
+@functools.partial(jax.jit, static_argnames="spread")
+def _sum_duplicates(ids: Any, rows: Any, spilled: Any, spread: Spread) -> Any:
+    def local(ids: Any, rows: Any, spilled: Any) -> Any:
+        flat = rows.reshape(ids.size, *rows.shape[ids.ndim :])
+        return ring.sum_duplicates(
+            ids.reshape(-1), flat, spread.num_rows, jnp.any(spilled), spread.axes
+        )
+
+    of_ids, out = _of_slices(ids, spread), (spread.by_rows, spread.by_rows)
+    whole = spread.on_devices(local, (of_ids, of_ids, PartitionSpec()), out)
+    return spread.automatic(whole, out)(ids, rows, spilled)
+
+
+@functools.partial(jax.jit, static_argnames="spread")
+def _concatenate(parts: Any, spread: Spread) -> Any:
+    def local(*parts: Any) -> Any:
+        return (
+            jnp.concatenate([ids.reshape(-1) for ids, _ in parts]),
+            jnp.concatenate(
+                [rows.reshape(ids.size, *rows.shape[ids.ndim :]) for ids, rows in parts]
+            ),
+        )
+
+    specs = tuple((_of_slices(ids, spread),) * 2 for ids, _ in parts)
+    out = spread.by_rows, spread.by_rows
+    return spread.automatic(spread.on_devices(local, specs, out), out)(*parts)
+
+
+def _of_slices(ids: Any, spread: Spread) -> PartitionSpec:
+    """The spec of slices, whose last axis of ids is split; others stack batches."""
+    return PartitionSpec(*[None] * (jnp.ndim(ids) - 1), spread.axes)
