@@ -23,6 +23,7 @@ from monolith_optax._optimizers.stochastic_rounding import (
 from monolith_optax._optimizers.stochastic_rounding import (
     stochastic_rounding as stochastic_rounding,
 )
+from monolith_optax._rows.gradients.sparse_tables import sparse_tables as sparse_tables
 from monolith_optax._rows.gradients.value_and_row_grad import (
     value_and_row_grad as value_and_row_grad,
 )
