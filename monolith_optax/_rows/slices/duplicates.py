@@ -39,22 +39,22 @@ def distinct_ids(ids: jax.Array, num_rows: int) -> tuple[jax.Array, jax.Array]:
     At its one position an id stays; at all others, and at those of padding, there are
     ids beyond the table, for which `is_beyond` holds.
     """
-    check_size(num_rows, len(ids))
+    check_size(num_rows, ids.shape[0])
     positions = one_position(ids, np.uint32(num_rows))
-    here = jnp.arange(len(ids), dtype=jnp.int32)
+    here = jnp.arange(ids.shape[0], dtype=jnp.int32)
     return positions, jnp.where(positions == here, ids, LAST_ID - here)
 
 
 def is_beyond(distinct: jax.Array) -> jax.Array:
     """Which of the ids of `distinct_ids` stand for no row of their table."""
-    return distinct > LAST_ID - len(distinct)
+    return distinct > LAST_ID - distinct.shape[0]
 
 
 def sum_rows(
     positions: jax.Array, rows: jax.Array, row_shape: tuple[int, ...]
 ) -> jax.Array:
     """The sums of rows at their positions, of which those beyond are dropped."""
-    rows = replicated(rows).reshape(len(positions), *row_shape)
+    rows = replicated(rows).reshape(positions.shape[0], *row_shape)
     wide = rows.astype(at_least_float32(rows.dtype))
     sums = jnp.zeros_like(wide).at[positions]
     return sums.add(wide, mode="drop", wrap_negative_indices=False).astype(rows.dtype)
@@ -67,6 +67,8 @@ def at_least_float32(dtype: DTypeLike) -> jnp.dtype[Any]:
 
 def check_size(num_rows: int, batch_size: int) -> None:
     """Ids from `num_rows` on stand for no row; there must be one for each position."""
+    if not isinstance(batch_size, int):
+        batch_size = 1  # symbolic: nobody knows it yet
     if num_rows + max(batch_size, 1) > 2**31:
         raise ValueError(
             f"A table of {num_rows} rows with a batch of {batch_size} ids is too large "
@@ -81,6 +83,8 @@ def one_position(ids: jax.Array, num_rows: ArrayLike) -> jax.Array:
 
     Ids of no row get a position beyond the batch. `num_rows` is a uint32.
     """
+    if not isinstance(ids.shape[0], int):  # symbolic, for jax.export
+        return _by_sorting(ids, num_rows)
     on_gpu = _by_pairs if len(ids) <= MOST_PAIRS else _by_sorting
     positions: jax.Array = jax.lax.platform_dependent(
         ids, num_rows, cuda=on_gpu, rocm=on_gpu, default=_by_hashing
@@ -135,11 +139,12 @@ def _by_sorting(ids: jax.Array, num_rows: ArrayLike) -> jax.Array:
 
     The steps of that search are written out, so that one kernel takes them all.
     """
-    size = len(ids)
+    size = ids.shape[0]
+    bits = size.bit_length() if isinstance(size, int) else 31
     here = 0 * ids + jnp.arange(size, dtype=jnp.int32)  # inside shard_map as ids are
     ascending, order = jax.lax.sort((ids, here), num_keys=1, is_stable=True)
     up_to = 0 * ids  # how many of the sorted ids are known to be no greater
-    for bit in reversed(range(size.bit_length())):
+    for bit in reversed(range(bits)):
         more = up_to + (1 << bit)
         greatest = _within(ascending, jnp.minimum(more, size) - 1)
         up_to = jnp.where((more <= size) & (greatest <= ids), more, up_to)

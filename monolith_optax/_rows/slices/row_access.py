@@ -54,7 +54,7 @@ class Table:
     @property
     def batch_size(self) -> int:
         """How many positions there are."""
-        return len(self.ids)
+        return self.ids.shape[0]
 
     @property
     def valid(self) -> jax.Array:

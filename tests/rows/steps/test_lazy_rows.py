@@ -12,7 +12,14 @@ from choosing import sampled
 from hypothesis import given
 from hypothesis import strategies as st
 
-from monolith_optax import RowSlices, adamom, check_in_place, lazy_rows, rmsprop
+from monolith_optax import (
+    RowSlices,
+    adamom,
+    check_in_place,
+    lazy_rows,
+    rmsprop,
+    value_and_row_grad,
+)
 
 NUM_ROWS, DIM = 12, 3
 SLOW = pytest.mark.slow
@@ -372,3 +379,27 @@ def test_it_is_traced_where_transfers_are_forbidden():
     with jax.transfer_guard("disallow"):
         updates, _ = step(slices, state, table)
     np.testing.assert_array_equal(updates.ids, [-1, 1])
+
+
+def test_a_step_is_exported_for_batches_of_any_size():
+    tx = lazy_rows(optax.chain(optax.clip_by_global_norm(1.0), adamom(0.1)))
+    params = {"table": jnp.arange(150.0).reshape(50, 3), "kernel": jnp.ones(3)}
+
+    @jax.jit
+    def step(params, state, ids):
+        def loss(params, ids):
+            return jnp.sin(params["table"][ids] @ params["kernel"]).mean()
+
+        value, gradients = value_and_row_grad(loss)(params, ids)
+        updates, state = tx.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state, value
+
+    state = tx.init(params)
+    [size] = jax.export.symbolic_shape("batch")
+    batch = jax.ShapeDtypeStruct((size,), jnp.int32)
+    exported = jax.export.export(step)(params, state, batch)
+    loaded = jax.export.deserialize(exported.serialize())
+    for ids in ([3], [1, 1, 49, -1, 2, 1, 70]):
+        actual = loaded.call(params, state, jnp.array(ids))
+        expected = step(params, state, jnp.array(ids))
+        chex.assert_trees_all_close(actual, expected, rtol=1e-6)
