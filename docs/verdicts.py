@@ -132,7 +132,7 @@ def page() -> str:
         [
             "# Which optimizers lazy_rows takes",
             "",
-            "For people who look for an optimizer of their tables.",
+            "Every optimizer of optax, and whether `lazy_rows` accepts it.",
             f"With optax {optax.__version__}; `python docs/verdicts.py` asks yours.",
             "",
             "## Accepted",

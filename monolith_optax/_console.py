@@ -78,7 +78,7 @@ def status_of(
     except KeyboardInterrupt:
         return INTERRUPTED
     except failures as error:
-        if not isinstance(error, BrokenPipeError):  # nobody reads the output
+        if not isinstance(error, BrokenPipeError):  # the reader of the output is gone
             print(f"{name}: {error}", file=sys.stderr)
         if isinstance(error, OSError):
             _discard_output()
@@ -105,7 +105,7 @@ def _end(number: int, _: FrameType | None) -> None:
 
 
 def _end_at_once(number: int, _: FrameType | None) -> NoReturn:
-    """Ends the program although it is ending already: who asks twice does not wait."""
+    """Ends the program although it is ending already: a second signal does not wait."""
     os._exit(_STATUSES[number])
 
 

@@ -5,12 +5,12 @@ from typing import Any
 
 import numpy as np
 
-# What an entry is, by array; entry 0 is nobody's and stands for the unknown row.
+# What an entry is, by array; entry 0 has no id and stands for the unknown row.
 DTYPES = {"ids": np.int64, "rows": np.int32, "counts": np.int32, "last_seen": np.int64}
 
 
 def problems(arrays: Mapping[str, Any]) -> Iterator[str]:
-    """What is wrong with the arrays of a map; only the first one is to be trusted."""
+    """What is wrong with the arrays of a map; only the first message is reliable."""
     names = [*DTYPES, "capacity", "admit_after"]
     if missing := [name for name in names if name not in arrays]:
         yield f"{missing} are missing."

@@ -77,9 +77,8 @@ class CachedIds:
             if distinct >= self.capacity:
                 raise ValueError(
                     f"The batch has {distinct} distinct ids of {self.name!r}, but its "
-                    f"tables have {self.capacity} rows, of which row 0 is that of "
-                    f"unknown ids: give tables of {distinct + 1} rows or more, or "
-                    "smaller batches."
+                    f"tables have {self.capacity} rows, and unknown ids share row 0: "
+                    f"give tables of {distinct + 1} rows or more, or smaller batches."
                 )
         self.grow(self.numbers + ids.size)
 

@@ -20,21 +20,21 @@ class IdMap:
     JAX has no 64-bit integers by default and no tables that grow, so raw ids stay in
     the input pipeline, and the model gets rows. An id gets a row when it has been seen
     `admit_after` times; until then, and when all rows are taken, it has row 0, which
-    is trained as any other row and so becomes that of all unknown ids.
+    all unknown ids share and which is trained like any other row.
 
     The map is deterministic: the same calls give the same rows on every machine. It is
     for one thread at a time.
 
     Args:
-      capacity: the number of rows of the table. Row 0 is that of unknown ids, so at
+      capacity: the number of rows of the table. Unknown ids share row 0, so at
         most `capacity - 1` ids have a row at a time.
-      admit_after: how often an id must be seen before it gets a row. Repeats within a
-        batch count. If it is more than 1, ids without a row take memory as well, until
-        they expire.
+      admit_after: how many times an id must be seen before it gets a row. Repeats
+        within a batch count. If it is more than 1, ids without a row take memory as
+        well, until they expire.
 
     Attributes:
       capacity: the number of rows of the table.
-      admit_after: how often an id must be seen before it gets a row.
+      admit_after: how many times an id must be seen before it gets a row.
       nbytes: the memory that the map takes, in bytes.
 
     Raises:
@@ -87,8 +87,8 @@ class IdMap:
         Returns:
           `rows`, int32, of the shape of `raw`: what the model looks up. `fresh`, int32,
           of shape (raw.size,): the rows whose owner is new, to be reset before this
-          batch is trained on, filled up with -1 so that its shape only depends on
-          that of `raw`.
+          batch is trained on, padded with -1 so that its shape depends only on
+          the size of `raw`.
 
         Raises:
           TypeError: `raw` does not consist of integers, or `time` is not one.
@@ -115,7 +115,7 @@ class IdMap:
         self, ids: np.ndarray, entries: np.ndarray, times: np.ndarray, time: int
     ) -> np.ndarray:
         """Counts distinct ids without a row; returns the rows that they get, or 0."""
-        # Counts stop where they decide nothing more: they never overflow.
+        # Counts stop at admit_after, so they never overflow.
         counts = np.minimum(times - self._rows[entries], self.admit_after)
         due = np.flatnonzero(counts == self.admit_after)
         rows = np.zeros(len(ids), np.int32)
@@ -180,9 +180,8 @@ class IdMap:
         """Forgets the ids that were last seen before a time, and frees their rows.
 
         Ids that have no row yet and were not seen since are forgotten as well, with
-        their counts. Call it when every batch that `assign` or `lookup` has given rows
-        for has been trained on: a batch still on its way would train, under the old
-        owner's rows, what then belongs to others.
+        their counts. Call it after training on every batch that `assign` or `lookup`
+        has turned into rows: a batch in flight would train rows of others.
 
         Args:
           before: ids seen at this time or later stay.
@@ -228,13 +227,13 @@ class IdMap:
         return sum(array.nbytes for array in arrays)
 
     def to_arrays(self) -> dict[str, np.ndarray]:
-        """All that the map knows, as arrays that any checkpoint library saves.
+        """The whole map, as arrays that any checkpoint library can save.
 
         Returns:
           Copies: `ids` (int64), `rows` (int32, 0 for ids that have none yet), `counts`
           (int32, how often those were seen, else 0) and `last_seen` (int64), all of
           shape (n,); `capacity` and `admit_after` (int64, shape ()). The first of the n
-          is no id but the unknown row, so that none of them is ever empty.
+          stands for the unknown row, so that no array is ever empty.
         """
         return {
             **self._entries(),
@@ -244,7 +243,7 @@ class IdMap:
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, Any]) -> "IdMap":
-        """The map that `to_arrays` described, which goes on as the original would.
+        """The map that `to_arrays` described, which continues as the original would.
 
         Args:
           arrays: what `to_arrays` returned. An id of row 0 and count 0 is skipped.

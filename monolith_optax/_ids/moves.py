@@ -43,7 +43,7 @@ class TableMoves:
         """Leaves values that earlier moves hand back to them, the latest first.
 
         Args:
-          numbers: those of the rows that come.
+          numbers: of the rows that come.
           earlier: moves that have not reached the store, from the latest on.
 
         Returns:

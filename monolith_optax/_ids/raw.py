@@ -40,7 +40,7 @@ def _from_objects(ids: np.ndarray) -> np.ndarray:
 def split_ids(raw: Any, num_owners: int) -> list[NDArray[np.int64]]:
     """Which ids of a batch belong to which owner, where `id mod num_owners` owns an id.
 
-    The rule is that of Monolith's parameter servers: the remainder of the signed id,
+    Monolith's parameter servers have the same rule: the remainder of the signed id,
     from 0 to `num_owners - 1`.
 
     Args:

@@ -13,7 +13,7 @@ _SHARE = 8
 class Residents:
     """The rows of a table on the device, by the numbers that they have in the store.
 
-    Row 0 is that of unknown ids, on the device and in the store, and never leaves.
+    Unknown ids share row 0, on the device and in the store, and it never leaves.
 
     Args:
       capacity: the number of rows of the table on the device.
@@ -119,7 +119,7 @@ class Residents:
         self._ordered_at = self._now - 1
 
     def forget(self, numbers: np.ndarray) -> None:
-        """Frees the rows of numbers that now belong to nobody."""
+        """Frees the rows of numbers that no longer have an owner."""
         rows = self._rows[numbers]
         rows = rows[rows > 0]
         self._rows[numbers] = 0

@@ -26,14 +26,14 @@ Batch = TypeVar("Batch")
 class RowCache:
     """Embedding tables larger than the device, by 64-bit ids.
 
-    The tables in params are those of the device: they hold the rows in use, with all
+    The tables in params are on the device: they hold the rows in use, with all
     slots of the optimizer. A store in host memory, or in files, holds all others. For
     each batch `assign` gives ids their rows, and says which rows must come and which
     leave; `move` does that, before the batch is trained on.
 
     Training ends with the bits of tables that hold everything, whatever the size of
     those on the device, if the optimizer treats rows by themselves and the batches are
-    the same. Ids get rows as `IdMap` gives them: row 0 is that of unknown ids, on the
+    the same. Ids get rows as `IdMap` gives them: unknown ids share row 0, on the
     device as well.
 
     A cache is for one thread at a time; `prefetch` has a thread of its own.
@@ -43,7 +43,7 @@ class RowCache:
       params: the parameters, with tables of the size that the device shall have: more
         rows than a batch has distinct ids. Row 0 begins as it is here.
       tables: a tree that is a prefix of params: what the ids are called that look up a
-        table, and None for leaves that are no such tables. Tables with the same name
+        table, and None for leaves that are not such tables. Tables with the same name
         share their ids.
       init: a tree that is a prefix of params: how rows of new ids begin. A number, or a
         function as `uniform_rows` makes them, which takes ids, int64 of shape (k,), and
@@ -136,13 +136,13 @@ class RowCache:
     def move(self, params: Params, state: State, moves: Moves) -> tuple[Params, State]:
         """Brings rows to the device, before their batch is trained on.
 
-        One jitted function, whose shapes depend only on those of the batch, reads the
-        rows that leave, and writes those that come and those of new ids.
+        One jitted function, whose shapes depend only on the shapes of the batch, reads the
+        rows that leave and writes the rows that come, also for new ids.
 
         Args:
           params: the parameters. They and the state are donated: use what is returned.
           state: the optimizer's state.
-          moves: those of the first batch that has been assigned and not moved. Each
+          moves: of the first batch that has been assigned and not moved. Each
             batch must be moved, and trained on, in the order of `assign`.
 
         Returns:
@@ -281,7 +281,7 @@ class RowCache:
 
         Args:
           folder: where snapshots are.
-          params: the parameters, of which only types and row 0 are used. They and the
+          params: the parameters; only their types and row 0 are used. They and the
             state are donated.
           state: the optimizer's state.
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-# Rows of the first segment, and of the largest: each has twice those of the last one
+# Rows of the first segment, and of the largest: each has twice as many as the last one
 # until then. A small store stays small, and a large one grows by a part of its size.
 _FIRST, _MOST = 2**12, 2**22
 

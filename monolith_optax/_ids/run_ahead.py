@@ -12,7 +12,7 @@ _PATIENCE_S = 5.0
 
 
 def run_ahead(items: Generator[Item, None, None], depth: int) -> Iterator[Item]:
-    """Yields items in order, of which up to `depth` are ready before they are needed.
+    """Yields items in order, and prepares up to `depth` of them before they are needed.
 
     An error is raised in the place of the item that it belongs to. When the caller
     stops, by `close`, an error or Ctrl-C, the thread ends and closes `items`.

@@ -34,7 +34,7 @@ class ShampooState(NamedTuple):
         shape `(n, n)`, `pvec{i}` of `(n, k)`, `pval{i}` of `(k,)` and the scalar
         `o{i}`. Each is a tree like the parameters, with None for those that do not have
         this axis. If none has any axis, this is a 0: for `optax.tree.map_params`, which
-        calls `init` without parameters, the whole of it is one leaf that is not like
+        calls `init` without parameters, all of it is one leaf that is not like
         them.
     """
 
@@ -86,8 +86,8 @@ def shampoo(
 
     :math:`H_i` is kept as `pvec{i} diag(pval{i}) pvec{i}^T + o{i} I`. Eigenvalues below
     `damping_epsilon` count as that. With an axis longer than `eigen_head` plus
-    `eigen_tail`, only as many eigenvectors are kept: those of the smallest eigenvalues
-    above `damping_epsilon` and of the largest; `o{i}` is the mean of the eigenvalues
+    `eigen_tail`, only as many eigenvectors are kept, for the smallest eigenvalues
+    above `damping_epsilon` and for the largest; `o{i}` is the mean of the eigenvalues
     between them, as they are and not to the power of -1/2R, which is Monolith's rule.
     It keeps two arrays of shape `(n, n)` for an axis of length n, so it is not for
     tables.

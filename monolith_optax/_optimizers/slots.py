@@ -22,7 +22,7 @@ class Slot:
       start: the number that every entry starts with.
       per: one number for each entry of a parameter; for each row of it, which is an
         index of its leading axis; or one scalar for the whole tree.
-      dtype: that of a slot of integers, which no option changes. None: real numbers.
+      dtype: of a slot of integers, which no option changes. None: real numbers.
     """
 
     start: ArrayLike = 0.0

@@ -56,9 +56,9 @@ def stochastic_rounding(
 
     Raises:
       ValueError: `seed` is not an integer, or a parameter has 8 bits or fewer (`init`),
-        or params are missing, or the updates do not
-        have their structure, as those of `lazy_rows` do not (`update`), or what the
-        inner optimizer raises.
+        or params are missing, or the updates
+        have another structure, as the updates of `lazy_rows` do (`update`), or what
+        the inner optimizer raises.
 
     Example:
       >>> import jax

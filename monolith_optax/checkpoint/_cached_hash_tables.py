@@ -39,7 +39,7 @@ def read_cached_hash_tables(
     Args:
       folder: the checkpoint's folder of assets, as for `read_hash_table`.
       cache: a cache that has seen no batch. Its tables have float32 rows of two axes.
-      params: the parameters, of which only types are used.
+      params: the parameters; only their types are used.
       state: a state of the optimizer for these params; the same.
       leaves: for each table the paths of its segments' leaves, in order, with their
         optimizers, as for `import_hash_tables`. They must be all leaves that share
@@ -95,7 +95,7 @@ def write_cached_hash_tables(
 ) -> None:
     """Writes the rows of a `RowCache`, on the device and in the store, as hash tables.
 
-    The files are those of `write_hash_table`, and are written some entries at a time:
+    The files are what `write_hash_table` writes, some entries at a time:
     it takes some megabytes besides the cache. Each id that has a row becomes an entry,
     whose `last_update` is when the id was last seen; row 0 is left out. Call it between
     batches, as `RowCache.save`.
@@ -148,8 +148,8 @@ class _Table(NamedTuple):
     Attributes:
       cached: the ids.
       parts: the segments.
-      fields: for each segment the fields of a record: that of the weights, and those of
-        the slots by name.
+      fields: for each segment the fields of a record: of the weights, and of the slots
+        by name.
     """
 
     cached: CachedIds

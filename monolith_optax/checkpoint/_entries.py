@@ -161,7 +161,7 @@ def placed(value: np.ndarray, leaf: Any) -> Any:
 
 
 def handed_over(value: np.ndarray, leaf: Any) -> Any:
-    """A value that nobody else changes, on the devices of the leaf."""
+    """A value that nothing else changes, on the devices of the leaf."""
     if isinstance(leaf, np.ndarray | np.generic):
         return value
     committed = getattr(leaf, "committed", True)

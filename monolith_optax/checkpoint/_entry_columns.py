@@ -85,7 +85,7 @@ def blank(segments: Segments, lengths: Mapping[Column, int]) -> bytes:
     """An entry as Monolith writes it, with zeros for numbers.
 
     Args:
-      segments: those of the table.
+      segments: of the table.
       lengths: how many bytes each integer takes.
     """
 

@@ -22,8 +22,8 @@ def export_hash_tables(
     """Monolith's hash tables from params, state and maps of ids.
 
     The reverse of `import_hash_tables`, bit for bit. Each id that has a row becomes an
-    entry, in ascending order; row 0, that of unknown ids, is left out, as Monolith has
-    none.
+    entry, in ascending order; row 0, which unknown ids share, is left out, as Monolith
+    has no such row.
 
     Args:
       params: the parameters.

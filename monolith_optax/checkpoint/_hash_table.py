@@ -33,7 +33,7 @@ class HashTable:
     Attributes:
       ids: int64, (n,), ascending where the table was read. Monolith's users know them
         as `ids.view(np.uint64)`.
-      weights: float32, (n, dim): those of all segments, side by side.
+      weights: float32, (n, dim), of all segments, side by side.
       segments: what the weights consist of, in order.
       last_update: the time of the data that last updated an entry, in seconds since
         1970, int64, (n,); 0 where it is unknown.

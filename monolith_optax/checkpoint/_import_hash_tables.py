@@ -26,10 +26,10 @@ def import_hash_tables(
 ) -> tuple[Params, State, dict[str, IdMap]]:
     """Params, state and maps of ids to train on with from Monolith's hash tables.
 
-    Each segment of a table becomes one leaf of params, and its slots are those of an
+    Each segment of a table becomes one leaf of params, and its slots belong to an
     optimizer of `monolith_optax.embedding`, wherever it is in `state` (inside
     `lazy_rows`, `optax.chain`, `partition`, `masked`, `inject_hyperparams`, ...).
-    Entries get the rows from 1 on, in the order of the table. Row 0, that of unknown
+    Entries get the rows from 1 on, in the order of the table. Row 0, shared by unknown
     ids, rows beyond the entries, all other leaves and all counts of steps stay as they
     are. Adam's powers are taken as they are, one number for each row.
 
@@ -110,8 +110,7 @@ def _check(name: str, table: HashTable, parts: list[Part]) -> None:
     if entries >= rows:
         raise ValueError(
             f"Table {name!r} has {entries} entries, but {parts[0].path!r} has {rows} "
-            f"rows, of which row 0 is that of unknown ids: make it {entries + 1} "
-            "rows or more."
+            f"rows, and unknown ids share row 0: make it {entries + 1} rows or more."
         )
     arrays: dict[Any, Any] = {
         (k, slot): array

@@ -2,7 +2,7 @@
 
 Server k of n has the ids with `id mod n == k`, and `_k` in the names of its files. But
 `item_1` may also be a table of that name, and that the last servers are missing does
-not show in names. The ids tell: those of server k, less k, are multiples of n.
+not show in names. The ids show it: less k, the ids of server k are multiples of n.
 """
 
 import math
@@ -42,15 +42,15 @@ class Source:
         *,
         sure: bool,
     ) -> None:
-        """Checks that the ids are those of all servers, and of these only.
+        """Checks that the ids belong to these servers, and to all of them.
 
         Args:
           ids_of: the ids in each server's files, in the order of `shards`.
-          where: tells from which file and entry the id at a position came.
+          where: says from which file and entry the id at a position came.
           sure: whether it is known otherwise that no server is missing.
 
         Raises:
-          ValueError: they are not, or they do not tell.
+          ValueError: they do not, or it is uncertain.
         """
         if None in ids_of:
             if not sure:
@@ -66,13 +66,13 @@ class Source:
                 return
             raise ValueError(
                 f"Is a server of {self.name!r} missing? There are files of {count}, "
-                f"but its ids may be those of {divides or 'any number of'} servers as "
-                f"well. If none is missing, give servers={count}."
+                f"but its ids would also fit {divides or 'any number of'} servers. If "
+                f"none is missing, give servers={count}."
             )
         if divides > count:
             raise ValueError(
                 f"Servers of {self.name!r} are missing: there are files of {count}, "
-                f"but its ids are those of {divides} servers."
+                f"but its ids come from {divides} servers."
             )
         for server, ids in ids_of.items():
             for wrong in np.flatnonzero(ids % count != server)[:1]:
@@ -85,7 +85,7 @@ class Source:
             start += len(ids)
 
     def _check_table(self, ids: np.ndarray) -> None:
-        """Checks that a table that is called like another's server is none."""
+        """Checks that a table is not another's server, as its name would allow."""
         similar = split_server(file_name(self.name)) if not self.table else None
         if similar is None or not len(ids):
             return
@@ -94,7 +94,7 @@ class Source:
         if divides == 0 or divides > max(server, 1):
             raise ValueError(
                 f"{self.name!r} may be a table, or server {server} of {other!r}: its "
-                f"ids are those of server {server} of {divides or 'any number'}. Read "
+                f"ids would fit server {server} of {divides or 'any number'}. Read "
                 f"{other!r}, or give servers=0 if it is a table."
             )
 
@@ -170,8 +170,8 @@ def _check_numbers(source: Source, servers: int | None) -> None:
     missing = next((k for k in range(servers) if k not in there), None)
     if missing is not None:
         raise FileNotFoundError(
-            f"Files of server {missing} of {source.name!r} are missing; there are "
-            f"those of {there}. If these are tables of their own, read them by their "
+            f"Files of server {missing} of {source.name!r} are missing; the files are "
+            f"of the servers {there}. If these are separate tables, read them by their "
             f"names, such as '{file_name(source.name)}_{max(there, default=0)}'."
         )
     if len(there) > servers:
@@ -181,7 +181,7 @@ def _check_numbers(source: Source, servers: int | None) -> None:
 
 
 def divisor(ids: np.ndarray, server: int) -> int:
-    """The greatest number of servers of which these ids may be one's; 0: any number."""
+    """The greatest number of servers that ids of one server fit; 0: any number."""
     # Differences of 64-bit integers need 65 bits, but their absolute values do not.
     unsigned, k = ids.view(np.uint64), np.uint64(server)
     distance = np.where(ids >= server, unsigned - k, k - unsigned)

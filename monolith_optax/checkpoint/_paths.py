@@ -23,8 +23,8 @@ def check_leaves(params: optax.Params, state: optax.OptState) -> None:
         this, text = f"params{keystr(path)}", path_of(path)
         if (other := where.setdefault(text, this)) != this:
             raise ValueError(
-                f"{other} and {this} have the same path, {text!r}, so that no name "
-                "tells them apart: rename a key of one of them."
+                f"{other} and {this} have the same path, {text!r}, so they would "
+                "have the same name: rename a key of one of them."
             )
     for tree, leaves in ("params", params), ("state", state):
         for path, leaf in jax.tree.leaves_with_path(leaves):

@@ -83,7 +83,7 @@ def read_hash_table(
 
 
 def check_count(source: Source, folder: Path, size: int) -> bool:
-    """Compares the number of entries with that of `ckpt.info`, if there is one."""
+    """Compares the number of entries with `ckpt.info`, if it has one."""
     counts = saved_counts(folder)
     if counts is None:
         return False
@@ -142,7 +142,7 @@ class Reader:
         return self.arrays
 
     def sorted(self) -> Arrays:
-        """The columns in the order of ids, of which none may be there twice."""
+        """The columns in the order of ids, which must be distinct."""
         self.columns()
         order = np.argsort(self.arrays["ids"], kind="stable")
         for array in self.arrays.values():

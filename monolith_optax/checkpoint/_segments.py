@@ -46,11 +46,13 @@ _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5  # the wire types in use
 
 
 def checked(segments: Segments) -> Segments:
-    """Segments, of which all are known."""
+    """Segments, after checking that all are known."""
     for segment in segments:
         name, dim = segment
         if name not in KINDS:
-            raise ValueError(f"There is no optimizer {name!r}, but {list(KINDS)}.")
+            raise ValueError(
+                f"There is no optimizer {name!r}; there are {list(KINDS)}."
+            )
         if dim < 1:
             raise ValueError(f"A segment's dim is at least 1, but {segment} is given.")
     if not segments:

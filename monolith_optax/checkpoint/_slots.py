@@ -47,8 +47,8 @@ def import_slots(
 
     Every parameter and every slot of an optimizer of this package, wherever it is in
     `state` (inside `optax.chain`, `named_chain`, `partition`, `masked`,
-    `inject_hyperparams`, `lazy_rows`, ...), is replaced. Their counts of steps, and
-    those of optax's schedules, are set to `global_step`. Everything else, such as
+    `inject_hyperparams`, `lazy_rows`, ...), is replaced. Their step counts, and the
+    counts of optax's schedules, are set to `global_step`. Everything else, such as
     hyperparameters or the state of other optimizers, is left unchanged.
 
     Args:
@@ -59,8 +59,8 @@ def import_slots(
         shapes that `jax.eval_shape` returns, which take no memory.
       state: a state of the optimizer for these parameters, or its shapes if nothing
         in it is left unchanged.
-      name: the name of the optimizer in TensorFlow. None: that of the state's class,
-        such as Adamom for an `AdamomState`.
+      name: the name of the optimizer in TensorFlow. None: the name of the state's
+        class, such as Adamom for an `AdamomState`.
       variable_names: from the path of a parameter to the name of its variable: a
         function, or a mapping of the paths whose names differ. The path is
         `mlp/dense/kernel` for `params["mlp"]["dense"]["kernel"]`.
@@ -127,8 +127,8 @@ def export_slots(
     Args:
       params: the parameters.
       state: the optimizer's state, which may be nested in others.
-      name: the name of the optimizer in TensorFlow. None: that of the state's class,
-        such as Adamom for an `AdamomState`.
+      name: the name of the optimizer in TensorFlow. None: the name of the state's
+        class, such as Adamom for an `AdamomState`.
       variable_names: as in `import_slots`.
 
     Returns:

@@ -24,9 +24,9 @@ def items(data: bytes) -> Iterator[tuple[bytes, bytes]]:
       MalformedError: the table is damaged.
     """
     if len(data) < _FOOTER or not data.endswith(_MAGIC):
-        raise MalformedError("has another end.")
+        raise MalformedError("does not end as such a file does.")
     start = len(data) - _FOOTER
-    _, start = _handle(data, start)  # of a block that nobody uses
+    _, start = _handle(data, start)  # of a block that is not used
     blocks, _ = _handle(data, start)
     last = None
     for _, handle in _entries(_block(data, blocks)):

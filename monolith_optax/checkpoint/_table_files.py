@@ -95,7 +95,7 @@ class Files:
         ]
 
     def shards(self, kind: str, suffix: str) -> list[Shard]:
-        """The shards behind one suffix, of which none is missing."""
+        """The shards behind one suffix, after checking that none is missing."""
         paths = self._paths(kind, suffix)
         if kind == SINGLE:
             return [Shard(path) for path in paths]

@@ -25,7 +25,7 @@ class Part(NamedTuple):
     Attributes:
       path: the path of its weights in params.
       optimizer: its optimizer.
-      shape: that of its weights.
+      shape: of its weights.
       weights: the weights, as an index of the leaves of `(params, state)`.
       slots: the same of each slot.
     """
@@ -140,7 +140,7 @@ class _Found:
         leaf = self._leaves[index]
         if not isinstance(leaf, jax.Array | np.ndarray):
             raise ValueError(
-                f"{where} must be an array, of which rows without an id keep their "
+                f"{where} must be an array, because rows without an id keep their "
                 f"values, but it is {type(leaf).__name__}."
             )
         if leaf.shape != shape or dtype_of(leaf) != dtype:
@@ -151,7 +151,7 @@ class _Found:
 
 
 def _spelled(optimizer: str) -> str:
-    """An optimizer's name as that of its state has it."""
+    """An optimizer's name as in the name of its state."""
     return optimizer.replace("_", "")
 
 

@@ -18,7 +18,7 @@ from monolith_optax.checkpoint._protobuf import (
 )
 from monolith_optax.checkpoint._sorted_table import items
 
-# TensorFlow's numbers of types, without those of quantized and of opaque ones.
+# TensorFlow's numbers of types, except quantized and opaque types.
 _DTYPES = {
     1: np.float32, 2: np.float64, 3: np.int32, 4: np.uint8, 5: np.int16, 6: np.int8,
     7: object, 8: np.complex64, 9: np.int64, 10: np.bool_, 14: jnp.bfloat16,

@@ -40,7 +40,7 @@ def write_hash_table(
 
     Each entry has the very bytes that Monolith would write; `read_hash_table` gives
     the same bits back. The files get their names when all of them are complete, and
-    then those of an older save of the table are removed. Needs
+    then an older save of the table is removed. Needs
     `pip install "monolith_optax[hash-tables]"`.
 
     Args:
@@ -95,7 +95,7 @@ def write_hash_table_parts(
 ) -> None:
     """What `write_hash_table` does, of parts of a table for each file.
 
-    Ids must be distinct; only those of a part are compared.
+    Ids must be distinct; only ids of the same part are compared.
     """
 
     def records(parts: Iterable[HashTable]) -> Iterator[np.ndarray]:
@@ -138,7 +138,7 @@ def _write(folder: Path, name: str, files: dict[str, Iterator[np.ndarray]]) -> N
 
 
 def _arrays(table: HashTable, segments: Segments) -> dict[Column, np.ndarray]:
-    """The columns of a table, of which all are right."""
+    """The columns of a table, all of them checked."""
     arrays: dict[Column, np.ndarray] = {
         "ids": table.ids,
         "weights": table.weights,
@@ -176,7 +176,7 @@ def _arrays(table: HashTable, segments: Segments) -> dict[Column, np.ndarray]:
 def _records(
     segments: Segments, arrays: dict[Column, np.ndarray], start: int, stop: int
 ) -> Iterator[np.ndarray]:
-    """Entries as they are in a file, those of the same length together."""
+    """Entries as they are in a file, grouped by length."""
     integers = [
         column
         for column, (dtype, _) in columns(segments).items()

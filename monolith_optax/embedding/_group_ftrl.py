@@ -71,7 +71,7 @@ def group_ftrl(
       l1_regularization: how long the row of `zero` must be for a row that is not 0;
         not negative.
       l2_regularization: shrinks weights; not negative.
-      bug_compatible: whether weights are those of Monolith's AVX kernel, which in the
+      bug_compatible: whether to give the weights of Monolith's AVX kernel, which in the
         first `8 * (dim // 8)` columns of a row subtracts `l2_regularization` times the
         learning rate in the denominator. Also, with `l1_regularization` a gradient of 0
         makes a row 0 that has had no other.

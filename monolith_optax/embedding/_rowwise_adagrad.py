@@ -80,7 +80,7 @@ def rowwise_adagrad(
 
     References:
       `EXACT_ROWWISE_ADAGRAD` of `FBGEMM <https://github.com/pytorch/FBGEMM>`_, with the
-      same arguments and defaults. Weight decay is that of its mode L2.
+      same arguments and defaults. Weight decay is as in its mode L2.
     """
 
     def rule(

@@ -17,7 +17,7 @@ from monolith_optax.net._round import check_nodes
 from monolith_optax.net._wait import Goal, wait
 from monolith_optax.net._watch import watch_nodes
 
-ALL_UP, SOME_DOWN = 0, 1  # the others are those of all command lines
+ALL_UP, SOME_DOWN = 0, 1  # all command lines share the others
 
 
 def program() -> NoReturn:

@@ -42,5 +42,5 @@ def check_at_least_one(**numbers: int) -> None:
 
 
 def check_bound(**numbers: int | None) -> None:
-    # None stands for no bound but that of the system.
+    # None stands for the system's own bound.
     check_at_least_one(**{name: n for name, n in numbers.items() if n is not None})

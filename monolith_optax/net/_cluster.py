@@ -15,7 +15,7 @@ def tf_config_addresses(
     in which some may be missing. Kubeflow's `sparseCluster` is read like `cluster`.
 
     Args:
-      tf_config: the JSON text. None: that of the environment variable `TF_CONFIG`.
+      tf_config: the JSON text. None: the environment variable `TF_CONFIG`.
       roles: the roles to take, in this order; each must be in the description. None:
         all of them, in the description's order.
 
@@ -58,7 +58,7 @@ def coordinator_addresses(address: str | None = None) -> list[str]:
 
     Args:
       address: what `jax.distributed.initialize` is given as `coordinator_address`.
-        None: that of the environment variable `JAX_COORDINATOR_ADDRESS`.
+        None: the environment variable `JAX_COORDINATOR_ADDRESS`.
 
     Raises:
       ValueError: there is none.

@@ -22,7 +22,7 @@ EXIT_STATUS = (
     "itself failed, 130 interrupted, 143 terminated."
 )
 WAIT_STATUS = (
-    "Exit status: that of COMMAND, or 0 without one; 1 too few nodes by the deadline, "
+    "Exit status: COMMAND's own, or 0 without one; 1 too few nodes by the deadline, "
     "2 bad usage, 3 the checker itself failed, 130 interrupted, 143 terminated."
 )
 _UNITS = {"ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0, "": 1.0}

@@ -123,7 +123,7 @@ def attempt(
     except OSError as error:
         outcome.set_result(error)
         return outcome
-    # Those of this machine have by now. The event loop would cost more than the rest.
+    # This machine's own addresses have by now, at less than the event loop costs.
     if _has_answered(connection):
         with connection:
             outcome.set_result(_error_of(connection))
@@ -180,7 +180,7 @@ def _begin(address: SocketAddress) -> socket.socket:
 
 
 def _error_of(connection: socket.socket) -> OSError | None:
-    """What became of an attempt that has ended."""
+    """How an attempt ended: the error, or None."""
     number = connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
     if number:
         return OSError(number, os.strerror(number))
@@ -192,7 +192,7 @@ def _error_of(connection: socket.socket) -> OSError | None:
     if not met_itself:
         return None
     return ConnectionRefusedError(
-        errno.ECONNREFUSED, "nobody listens: the connection met itself"
+        errno.ECONNREFUSED, "nothing listens there: the connection met itself"
     )
 
 
@@ -215,9 +215,9 @@ def _interleaved(addresses: list[SocketAddress]) -> list[SocketAddress]:
 # over the next that ends early if it fails, and run beside each other until one
 # succeeds. So an address that never answers costs one head start, not the timeout, and
 # a slow address still wins if all others are silent. The RFC has no bound on open
-# sockets. We have one: an attempt takes another socket only if nobody waits for it,
-# and otherwise the oldest attempt gives up its own. Nor has it a timeout: ours is
-# shared out so that the last of many addresses still has two head starts to answer.
+# sockets. We have one: an attempt takes another socket only if no probe waits for it,
+# and otherwise the oldest attempt gives up its own. It has no timeout either: ours is
+# divided so that the last of many addresses still has two head starts to answer.
 async def _connect_to_any(
     addresses: list[SocketAddress], end: float, sockets: asyncio.Semaphore
 ) -> SocketAddress:

@@ -23,14 +23,14 @@ def wait_for_coordinator(
 
     Call it before `jax.distributed.initialize`, which would wait without a word and
     then end the whole process. The coordinator is process 0 and starts inside that
-    call, so process 0 itself waits for nobody and returns at once.
+    call, so process 0 itself does not wait and returns at once.
 
     It blocks, also where an event loop is already running. In asynchronous code, await
     `wait_for_nodes([address], deadline=...)` instead.
 
     Args:
       address: what `jax.distributed.initialize` is given as `coordinator_address`.
-        None: that of the environment variable `JAX_COORDINATOR_ADDRESS`.
+        None: the environment variable `JAX_COORDINATOR_ADDRESS`.
       process_id: the number of this process.
       deadline: seconds after which to give up.
       timeout: seconds that each probe may take; name lookup counts.

@@ -21,10 +21,10 @@ SocketAddress: TypeAlias = tuple[socket.AddressFamily, tuple[Any, ...]]
 
 # Seconds that the process may take to start.
 START_TIMEOUT = 10.0
-# The longest answer, in bytes. Those of name servers have 64 KiB at most.
+# The longest answer, in bytes. Name servers send 64 KiB at most.
 LONGEST_ANSWER = 2**24
 _WORKER = Path(__file__).with_name("_names_worker.py")
-_STARTED = ""  # the process says so by answering a name that nobody asked for
+_STARTED = ""  # the process says so by answering a name that was not asked for
 
 
 def numeric_addresses(host: str, port: int = 0) -> list[SocketAddress]:
@@ -157,7 +157,7 @@ class NameLookup:
                 self._answers.pop(answer["name"]).set_result(answer)
         except OSError:
             pass  # it was killed before it had read everything
-        except Exception as fault:  # our own: nobody must take it for an answer
+        except Exception as fault:  # our own, which must not pass for an answer
             end = self._failure = fault
         self._writer = None
         for waiting in self._answers.values():

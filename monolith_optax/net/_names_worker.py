@@ -56,4 +56,4 @@ if __name__ == "__main__":
     try:
         main()
     except OSError:
-        sys.exit()  # nobody listens any more
+        sys.exit()  # the reader is gone

@@ -1,4 +1,4 @@
-"""Rounds of probes for as long as somebody watches."""
+"""Rounds of probes that report each node that goes up or down."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Iterable
@@ -26,7 +26,7 @@ def watch_nodes(
     max_concurrency: int | None = None,
     connector: Connector | None = None,
 ) -> AsyncGenerator[Transition, None]:
-    """Watches nodes and tells when one goes up or down.
+    """Watches nodes and reports when one goes up or down.
 
     Every node is probed once in each interval, or as often as the slowest probe of a
     round allows. The first verdict on a node counts as a transition. Trouble on this

@@ -18,7 +18,7 @@ import pytest
 from hash_table_files import entry, floats, framed, message, varint
 
 from monolith_optax.checkpoint._protobuf import MalformedError, message_fields
-from monolith_optax.checkpoint._read_hash_table import _Reader
+from monolith_optax.checkpoint._read_hash_table import Reader
 from monolith_optax.checkpoint._table_files import saved_counts
 from monolith_optax.checkpoint._tfrecord import Records, read_records
 
@@ -108,7 +108,7 @@ def mutated(rng, data):
 
 def read_entries(records, segments):
     """The columns of entries, or None if they are refused."""
-    reader = _Reader(segments)
+    reader = Reader(segments)
     lengths = np.array([len(record) for record in records], np.int64)
     starts = np.cumsum(lengths) - lengths
     try:

@@ -177,7 +177,7 @@ def test_a_missing_last_server_of_the_samples(tmp_path):
     with pytest.raises(ValueError, match=r"ckpt\.info counts 89"):
         read_hash_table(folder, "item", segments=[("adagrad", 4)])
     (folder.parent / "ckpt.info-1200").unlink()
-    with pytest.raises(ValueError, match="files of 1, but its ids may be those of 2"):
+    with pytest.raises(ValueError, match="files of 1, but its ids would also fit 2"):
         read_hash_table(folder, "item", segments=[("adagrad", 4)])
     with pytest.raises(FileNotFoundError, match="server 1"):
         read_hash_table(folder, "item", segments=[("adagrad", 4)], servers=2)

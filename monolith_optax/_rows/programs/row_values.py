@@ -21,7 +21,7 @@ class MixesRowsError(ValueError):
         # The equation that does it, and the calls that lead to it.
         self.equations = [] if equation is None else [equation]
         # Who needs the rows, and what works without: reset_rows has its own.
-        self.needed_by, self.way_out = "lazy_rows", "Step on it densely"
+        self.needed_by, self.way_out = "lazy_rows", "Use a dense gradient"
 
     def __str__(self) -> str:
         what = [source_line(*self.equations)] if self.equations else []

@@ -265,5 +265,5 @@ def _check_slices(updates: optax.Updates, params: optax.Params | None) -> None:
         if is_slices(slices) and row_axes(np.shape(table), slices) is None:
             raise ValueError(
                 f"gradients{keystr(path)} has rows of shape {slices.row_shape}, but "
-                f"its parameter of shape {np.shape(table)} is no table of such rows."
+                f"its parameter has the shape {np.shape(table)}."
             )
