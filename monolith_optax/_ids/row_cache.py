@@ -136,8 +136,8 @@ class RowCache:
     def move(self, params: Params, state: State, moves: Moves) -> tuple[Params, State]:
         """Brings rows to the device, before their batch is trained on.
 
-        One jitted function, whose shapes depend only on the shapes of the batch, reads the
-        rows that leave and writes the rows that come, also for new ids.
+        One jitted function, whose shapes depend only on the shapes of the batch, reads
+        the rows that leave and writes the rows that come, also for new ids.
 
         Args:
           params: the parameters. They and the state are donated: use what is returned.

@@ -24,7 +24,7 @@ class CacheCounts(NamedTuple):
     Attributes:
       batches: the batches that `assign` has seen.
       lookups: the positions of batches that had a row of their own.
-      hits: those of them whose row was on the device.
+      hits: the lookups whose row was on the device.
       new: the ids that got a row.
       moved_in: the rows that came from the store.
       moved_out: the rows that left the device.
