@@ -58,6 +58,21 @@ class DeviceTables:
         self.write = jax.jit(self._write, donate_argnums=(0, 1))
         self.move = jax.jit(self._move, donate_argnums=(0, 1))
 
+    def check_sizes(self, params: Any) -> None:
+        """That tables have the rows that the cache gives out.
+
+        Raises:
+          ValueError: one has not.
+        """
+        leaves = jax.tree.leaves(params, is_leaf=is_none)
+        for path, leaf, name in zip(self.paths, leaves, self.names, strict=False):
+            if name is not None and len(leaf) != self.capacities[name]:
+                raise ValueError(
+                    f"{path} has {len(leaf)} rows, but the cache was made for "
+                    f"{self.capacities[name]}. To change the size, save a snapshot and "
+                    "restore it into a cache for tables of the new size."
+                )
+
     def inits(self, init: Any, params: Any) -> dict[str, dict[int, Any]]:
         """By name and leaf of params, what init has for it, and the shape of a row."""
         leaves = jax.tree.leaves(params, is_leaf=is_none)

@@ -269,7 +269,7 @@ class IdMap:
         self._freed = np.flatnonzero(free)[::-1].astype(np.int32)
         return self
 
-    def entries(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def views(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The ids, rows (not positive where there is none) and times, not copied."""
         some = slice(self._size)
         return self._ids[some], self._rows[some], self._last_seen[some]

@@ -116,6 +116,7 @@ class Traffic:
                 f"each once: the next one is {first}, but these are the moves of batch "
                 f"{moves.number}."
             )
+        self.tables.check_sizes(params)
         arrays = {}
         for name, table in moves.tables.items():
             table.fill()

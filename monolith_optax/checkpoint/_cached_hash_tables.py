@@ -174,11 +174,11 @@ class _Table(NamedTuple):
 
     def shards(self, count: int) -> list[Iterator[HashTable]]:
         """The entries, some at a time, in shards of the same size."""
-        entries = np.flatnonzero(self.cached.ids.entries()[1] > 0)
+        entries = np.flatnonzero(self.cached.ids.views()[1] > 0)
         return [self._some(part) for part in np.array_split(entries, count)]
 
     def _some(self, entries: np.ndarray) -> Iterator[HashTable]:
-        ids, rows, last_seen = self.cached.ids.entries()
+        ids, rows, last_seen = self.cached.ids.views()
         for start in range(0, max(len(entries), 1), _CHUNK):
             these = entries[start : start + _CHUNK]
             records = self.cached.store.read(rows[these])

@@ -129,6 +129,15 @@ def test_batches_are_moved_once_and_in_order():
         cache.move(params, state, second)
 
 
+def test_tables_of_another_size_are_refused():
+    cache, params, state = small_cache()
+    _, moves = cache.assign({"item": [1, 2]})
+    shorter = params | {"items": params["items"][:2]}
+    with pytest.raises(ValueError, match=r"\['items'\] has 2 rows, but .* for 4"):
+        cache.move(shorter, state, moves)
+    cache.move(params, state, moves)
+
+
 def test_lookup_registers_nothing():
     cache, params, state = small_cache(init=uniform_rows(1.0))
     rows, moves = cache.assign({"item": [1, 2, 3]}, time=5)
