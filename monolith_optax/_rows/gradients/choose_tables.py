@@ -29,12 +29,27 @@ class Choice(NamedTuple):
         return frozenset(self.row_axes)
 
 
-def choose(loss: Loss, tables: Any) -> Choice:
+def choose(loss: Loss, tables: Any, max_dense_rows: int | None) -> Choice:
     """The leaves that are tables, or those that `tables` asks for.
 
     Raises:
-      ValueError: tables does not fit params, or a leaf that it names is no table.
+      ValueError: tables does not fit params, or a leaf that it names is no table; or
+        one with more rows than `max_dense_rows` is none.
     """
+    choice = _choose(loss, tables)
+    for leaf, why in choice.refused.items():
+        shape = loss.types[leaf].shape
+        too_many = max_dense_rows is not None and shape and shape[0] > max_dense_rows
+        if too_many and why != _UNASKED:
+            raise ValueError(
+                f"The gradient of {loss.names[leaf]}, which has {shape[0]} rows, is "
+                f"dense, {why}, and max_dense_rows is {max_dense_rows}. Only look it "
+                "up in the model, or say False for it in tables."
+            )
+    return choice
+
+
+def _choose(loss: Loss, tables: Any) -> Choice:
     types = loss.types
     if tables is None:
         asked = [False] * len(types)
@@ -45,7 +60,7 @@ def choose(loss: Loss, tables: Any) -> Choice:
         }
     else:
         asked = _flags(tables, loss)
-        refused = {leaf: "as tables says" for leaf, ask in enumerate(asked) if not ask}
+        refused = {leaf: _UNASKED for leaf, ask in enumerate(asked) if not ask}
     row_axes: dict[int, int] = {}
     flow = GradientFlow()
     while True:
@@ -69,6 +84,9 @@ def choose(loss: Loss, tables: Any) -> Choice:
             return Choice(axes, tree, refused)
         row_axes |= finder.more_row_axes
         refused |= {leaf: f"as it {why}" for leaf, why in more.items()}
+
+
+_UNASKED = "as tables says"
 
 
 def _not_tables(

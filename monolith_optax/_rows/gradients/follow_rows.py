@@ -87,10 +87,10 @@ def follow(equation: Equation, values: Sequence[Any]) -> Steps | None:
     if name in HINTS and len(found) == len(values):
         return [Step(None, value.facts) for value in values]
     way = _way(equation, values)
-    if way is None:
-        return _moved(equation, values) or _turned(equation, values)
-    facts = _combined(equation, values)
-    return facts and [Step(way, facts)] * len(equation.outvars)
+    facts = _combined(equation, values) if way else None
+    if facts:
+        return [Step(way, facts)] * len(equation.outvars)
+    return _moved(equation, values) or _turned(equation, values)
 
 
 def made(equation: Equation, num_rows: frozenset[int]) -> Steps | None:
@@ -156,8 +156,8 @@ def _combined(equation: Equation, values: Sequence[Any]) -> Facts | None:
             if is_table(value):
                 low, high = value.facts.columns
                 count = len(type_of(atom).shape) - 1
-                if not low <= count <= high:
-                    return None
+                if not low <= count == high:
+                    return None  # more of its axes are rows, or it is a single one
                 sources |= {
                     _fixed(each, count, first_row) for each in value.facts.sources
                 }

@@ -1,6 +1,6 @@
 """The loss as a traced program, from the leaves of params to its results."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -36,15 +36,33 @@ class Loss(NamedTuple):
 
 
 def trace_loss(
-    fun: Callable[..., Any], has_aux: bool, params: Any, args: Any, kwargs: Any
+    fun: Callable[..., Any],
+    argnums: int | Sequence[int],
+    has_aux: bool,
+    args: Sequence[Any],
+    kwargs: Any,
 ) -> Loss:
+    """Traces a function of its arguments with some numbers, for others as they are."""
+    which = [argnums] if isinstance(argnums, int) else list(argnums)
+    if any(not -len(args) <= number < len(args) for number in which):
+        raise ValueError(
+            f"argnums is {argnums!r}, but there are {len(args)} positional arguments."
+        )
+    which = [number % len(args) for number in which]
+    params = (
+        args[which[0]] if isinstance(argnums, int) else tuple(args[i] for i in which)
+    )
     paths, structure = jax.tree.flatten_with_path(params)
     aux: list[Any] = []
     aux_structure: Any = None
 
     def flat(*leaves: Any) -> list[Any]:
         nonlocal aux, aux_structure
-        result = fun(jax.tree.unflatten(structure, leaves), *args, **kwargs)
+        given, traced = list(args), jax.tree.unflatten(structure, leaves)
+        of_each = [traced] if isinstance(argnums, int) else traced
+        for number, value in zip(which, of_each, strict=True):
+            given[number] = value
+        result = fun(*given, **kwargs)
         value, rest = _pair(result) if has_aux else (_scalar(result), None)
         aux, aux_structure = jax.tree.flatten(rest)
         arrays = [leaf for leaf in aux if isinstance(leaf, jax.Array)]
@@ -61,7 +79,8 @@ def trace_loss(
 
     keystr = jax.tree_util.keystr
     names = [keystr(p, simple=True, separator=".") or "params" for p, _ in paths]
-    arrays = list(filter(_is_numpy, jax.tree.leaves((args, kwargs))))
+    rest = [each for i, each in enumerate(args) if i not in which]
+    arrays = list(filter(_is_numpy, jax.tree.leaves((rest, kwargs))))
     for array in arrays:
         _check_uncut(array, program)
     return Loss(program, leaves, names, structure, with_arrays, bool(arrays))

@@ -5,7 +5,7 @@ with a zero added to each row that they take (`add_zeros.py`). The gradients of 
 zeros are those of the rows.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 
 import jax
@@ -28,7 +28,9 @@ def value_and_row_grad(
     fun: Callable[Concatenate[Params, Others], Result],
     tables: Any = None,
     *,
+    argnums: int | Sequence[int] = 0,
     has_aux: bool = False,
+    max_dense_rows: int | None = None,
 ) -> "ValueAndRowGrad[Params, Others, Result]":
     """`jax.value_and_grad` in which the gradients of tables are `RowSlices`.
 
@@ -52,13 +54,20 @@ def value_and_row_grad(
 
     Args:
       fun: a function from params, as its first argument, and others to a scalar. As
-        under `jax.jit`, it cannot branch on values of params.
+        under `jax.jit`, it cannot branch on values of params. Other arguments reach it
+        as they are.
       tables: a tree of bools that is a prefix of params: which leaves are tables. If
         it is None, these are the leaves that the function looks up by ids that are
-        data and uses for nothing else. A leaf looked up by constants, such as
-        `layers[0]`, is not a table then. The number of ids or rows does not matter. In
-        the slices of a stack of tables, ids count through all of its rows.
+        data and uses for nothing else that has a gradient, but for some of its rows,
+        such as `table[10:20]`, if they are at most half of them. A leaf of which rows
+        are only taken by constants, such as `layers[0]`, is not a table then. The
+        number of ids does not matter. In the slices of a stack of tables, ids count
+        through all of its rows.
+      argnums: which argument params are, or which ones: then params are a tuple of
+        them, and so are the gradients. By default the first, as in `jax.grad`.
       has_aux: whether the function returns a pair, of which the second is passed on.
+      max_dense_rows: leaves with more rows than this must have gradients of rows, or
+        be False in `tables`; by default any gradient may be dense.
 
     Returns:
       A function of the same arguments that returns the value, or the pair, and the
@@ -67,7 +76,9 @@ def value_and_row_grad(
 
     Raises:
       ValueError: (when called) tables is not a prefix of params, or names a scalar, or
-        a leaf that is used for more than lookups.
+        a leaf that is used for more than lookups; or the gradient of a leaf with more
+        than `max_dense_rows` is dense.
+      TypeError: (when called) the function does not return a scalar, or a pair.
 
     Example:
       >>> import jax.numpy as jnp
@@ -83,7 +94,7 @@ def value_and_row_grad(
       [[3. 3.]
        [3. 3.]]
     """
-    return ValueAndRowGrad(fun, tables, has_aux)
+    return ValueAndRowGrad(fun, tables, argnums, has_aux, max_dense_rows)
 
 
 class ValueAndRowGrad(Generic[Params, Others, Result]):
@@ -93,9 +104,16 @@ class ValueAndRowGrad(Generic[Params, Others, Result]):
         self,
         fun: Callable[Concatenate[Params, Others], Result],
         tables: Any,
+        argnums: int | Sequence[int],
         has_aux: bool,
+        max_dense_rows: int | None,
     ) -> None:
-        self._fun, self._tables, self._has_aux = fun, tables, has_aux
+        self._fun, self._tables, self._argnums = fun, tables, argnums
+        self._has_aux, self._max_dense_rows = has_aux, max_dense_rows
+
+    def _chosen(self, args: Any, kwargs: Any) -> tuple[Loss, Choice]:
+        loss = trace_loss(self._fun, self._argnums, self._has_aux, args, kwargs)
+        return loss, choose(loss, self._tables, self._max_dense_rows)
 
     # The gradients are Any, as JAX's are: their tree is that of params, but no type can
     # say which of its leaves are slices.
@@ -103,8 +121,7 @@ class ValueAndRowGrad(Generic[Params, Others, Result]):
         self, params: Params, *args: Others.args, **kwargs: Others.kwargs
     ) -> tuple[Result, Any]:
         """The value of the function, or the pair, and the gradients."""
-        loss = trace_loss(self._fun, self._has_aux, params, args, kwargs)
-        choice = choose(loss, self._tables)
+        loss, choice = self._chosen((params, *args), kwargs)
         (value, aux), gradients = _differentiate(loss, choice)
         result: Any = (value, loss.with_arrays(aux)) if self._has_aux else value
         return result, jax.tree.unflatten(loss.structure, gradients)
@@ -122,8 +139,10 @@ class ValueAndRowGrad(Generic[Params, Others, Result]):
         Returns:
           A line for each leaf of params.
         """
-        loss = trace_loss(self._fun, self._has_aux, params, args, kwargs)
-        choice = choose(loss, self._tables)
+        loss = trace_loss(
+            self._fun, self._argnums, self._has_aux, (params, *args), kwargs
+        )
+        choice = choose(loss, self._tables, None)
         places: dict[int, dict[str, None]] = {leaf: {} for leaf in choice.tables}
         for found in lookups_of(choice.tree):
             for leaf, _ in found.tables:
