@@ -74,7 +74,7 @@ def traces(step: Step, prepare: Side, rounds: int) -> Times:
     for _ in range(rounds):
         seconds = dict.fromkeys(PARTS, 0.0)
         for operation, duration in profile(prepare):
-            if operation in part_of:  # not those inside of a loop
+            if operation in part_of:  # not those inside a loop
                 seconds[part_of[operation]] += duration / STEPS
         if not any(seconds.values()):
             raise RuntimeError("The profiler saw no operation of the compiled step.")

@@ -41,7 +41,7 @@ def main(*, quick: bool) -> list[Case]:
         cases = [
             compare("live", live[: 10_000 // scale], live, rounds),
             compare("refused", refused[: 1000 // scale], live, rounds),
-            compare("of which a tenth is silent", some, live, rounds),
+            compare("a tenth of them silent", some, live, rounds),
             # Ten threads take a hundred seconds for these.
             compare("silent", silent[: 1000 // scale], live, 1),
         ]

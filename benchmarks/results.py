@@ -32,7 +32,7 @@ def ratios(results: Any) -> list[Ratio]:
     """All pairs of one table in the middle of its sizes, and all pairs of many tables.
 
     A case of 'rows' has one optimizer, so its sides are like for like; dense sides are
-    no peers.
+    not peers.
     """
     of_one = sorted(
         {case["sizes"]["rows"] for case in cases(results, "rows", tables=1)}

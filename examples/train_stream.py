@@ -107,7 +107,7 @@ class FixedVocabulary:
         return (raw % np.uint64(self.capacity)).astype(np.int32)
 
     def assign(self, raw: np.ndarray, *, time: int) -> tuple[np.ndarray, np.ndarray]:
-        """The rows of hashed ids, of which none is fresh."""
+        """The rows of hashed ids; none is fresh."""
         del time
         return self.lookup(raw), np.full(raw.size, -1, np.int32)
 

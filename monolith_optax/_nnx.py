@@ -18,7 +18,7 @@ def nnx_value_and_row_grad(
     Args:
       fun: a function from a model, as its first argument, and others to a scalar.
       tables: as of `value_and_row_grad`, a prefix of `nnx.state(model, nnx.Param)`.
-      has_aux: whether the function returns a pair, of which the second is passed on.
+      has_aux: whether the function returns a pair, whose second part is passed on.
 
     Returns:
       A function of the same arguments that returns the value, or the pair, and the
@@ -43,7 +43,7 @@ def nnx_value_and_row_grad(
         graphdef, params, rest = split(model, nnx.Param, ...)
 
         def pure(params: Any) -> Any:
-            # A copy, as variables from outside of a trace may not change inside it.
+            # A copy, as variables from outside a trace may not change inside it.
             inner = nnx.merge(graphdef, params, rest, copy=True)
             result = fun(inner, *args, **kwargs)
             _, _, changed = split(inner, nnx.Param, ...)

@@ -18,7 +18,7 @@ Values = dict[str, dict[str, Any]]
 
 
 class DeviceTables:
-    """Which leaves of params and state are rows of which ids.
+    """The leaves of params and state that are rows, and whose ids' rows they are.
 
     Args:
       tx: the optimizer.

@@ -23,7 +23,7 @@ class Residents:
     """
 
     def __init__(self, capacity: int, policy: Policy) -> None:
-        """A table of which only row 0 is in use."""
+        """A table in which only row 0 is in use."""
         self.capacity, self._policy = capacity, policy
         self._rows = np.zeros(1, np.int32)  # on the device, by number; 0: not there
         self._numbers = np.zeros(capacity, np.int32)  # by row; 0: free

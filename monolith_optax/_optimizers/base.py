@@ -113,7 +113,7 @@ class _Optimizer:
             {name: extra_args.get(name) for name in self.extra_args},
         )
         if isinstance(state.count, jax.core.Tracer):
-            # Leaves of one shape are then traced and lowered once. Outside of a trace
+            # Leaves of one shape are then traced and lowered once. Outside a trace
             # each call would compile it anew.
             leaf = jax.jit(leaf, static_argnames="decays")
         results = jax.tree.map(

@@ -27,8 +27,8 @@ def write_tensorflow(
     """
     tf = _tensorflow()
     if not tensors or "" in tensors:
-        what = "are no tensors" if not tensors else "is a tensor without a name"
-        raise ValueError(f"There {what} to write to {os.fspath(prefix)}.")
+        what = "There are no tensors" if not tensors else "A tensor has no name"
+        raise ValueError(f"{what}: nothing was written to {os.fspath(prefix)}.")
     Path(prefix).parent.mkdir(parents=True, exist_ok=True)
     try:
         with tf.init_scope(), tf.device("CPU"):

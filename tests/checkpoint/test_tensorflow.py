@@ -64,7 +64,9 @@ def test_narrow_dtypes_go_through(tmp_path):
     }
     write_tensorflow(tmp_path / "x", tensors)
     assert_same(read_tensorflow(tmp_path / "x"), tensors)
-    with pytest.raises(ValueError, match="no tensors to write to"):
+    with pytest.raises(
+        ValueError, match="There are no tensors: nothing was written to"
+    ):
         write_tensorflow(tmp_path / "y", {})
 
 

@@ -161,7 +161,7 @@ def _as_gather(
 
 
 def _default_fill(dtype: Any) -> Any:
-    """What JAX takes for entries outside of an array."""
+    """What JAX takes for entries outside an array."""
     if jnp.issubdtype(dtype, jnp.integer):
         unsigned = jnp.issubdtype(dtype, jnp.unsignedinteger)
         return np.iinfo(dtype).max if unsigned else np.iinfo(dtype).min

@@ -33,8 +33,8 @@ def choose(loss: Loss, tables: Any, max_dense_rows: int | None) -> Choice:
     """The leaves that are tables, or those that `tables` asks for.
 
     Raises:
-      ValueError: tables does not fit params, or a leaf that it names is no table; or
-        one with more rows than `max_dense_rows` is none.
+      ValueError: tables does not fit params, or a leaf that it names is not a
+        table; or one with more rows than `max_dense_rows` is not.
     """
     choice = _choose(loss, tables)
     for leaf, why in choice.refused.items():

@@ -45,7 +45,7 @@ class Construct(Protocol):
         """The results, and the ids of all rows that are looked up.
 
         Args:
-          run: the `Run` of which it is a part.
+          run: the `Run` that it belongs to.
           equation: the equation.
           operands: arrays; or images, where `node` says so.
           node: its lookups.

@@ -1,7 +1,7 @@
 """Finding the lookups of tables in a traced program, and the leaves that are tables.
 
-The program is read, not run: of each value all that is known is of which tables it is
-an image (`row_images.py`), or else whether it depends on data.
+The program is read, not run: all that is known of a value is whose image it is
+(`row_images.py`), or else whether it depends on data.
 """
 
 import dataclasses
@@ -38,9 +38,9 @@ class Finder:
     Attributes:
       refused: for each leaf that is, what it is used for.
       row_axes: for each leaf that is looked up, how many of its axes are rows.
-      more_row_axes: for leaves of which more axes are rows than was expected, how many.
+      more_row_axes: for leaves with more row axes than was expected, how many.
       by_data: the leaves that are looked up by data.
-      constants: for leaves of which rows are taken by constants, where the first are.
+      constants: for leaves whose rows are taken by constants, where the first are.
       all_rows: for leaves with images that are used whole, how many rows those have.
     """
 
@@ -207,9 +207,9 @@ class Finder:
         which: Collection[int],
         what: str,
     ) -> dict[int, Found]:
-        """What is looked up for operands of which an equation uses all rows.
+        """What is looked up for operands when an equation uses all of their rows.
 
-        They then are no images any more. Leaves of which these are all rows are
+        They are not images any more then. Leaves whose rows these all are, are
         refused, unless no gradient comes back.
         """
         taken: dict[int, Found] = {}

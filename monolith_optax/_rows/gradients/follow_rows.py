@@ -1,7 +1,7 @@
 """Which equations keep the rows of images apart, and how rows then follow.
 
-`follow` decides it from what is known of images. A way, of which there is one for each
-kind of equation, gives the rows of a result where they are looked up.
+`follow` decides it from what is known of images. A way, one for each kind of
+equation, gives the rows of a result where they are looked up.
 """
 
 from collections.abc import Callable, Sequence
@@ -108,7 +108,7 @@ def made(equation: Equation, num_rows: frozenset[int]) -> Steps | None:
 
 
 def _is_random(equation: Equation) -> bool:
-    """Whether some rows of what an equation makes are other numbers than alone."""
+    """Whether some rows of what an equation makes depend on the other rows."""
     return bool(equation.primitive.name == "random_bits")
 
 
@@ -216,7 +216,7 @@ def _moved(equation: Equation, values: Sequence[Any]) -> Steps | None:
 
 
 def _turned(equation: Equation, values: Sequence[Any]) -> Steps | None:
-    """An image of which nothing is known but where it comes from."""
+    """An image, with nothing known except where it comes from."""
     if equation.primitive.name != "transpose" or values[0].facts.partial:
         return None
     return [Step(Turned(), values[0].facts._replace(usable=False))]

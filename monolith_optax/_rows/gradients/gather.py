@@ -26,7 +26,7 @@ class Lookup:
       batch: the shape of the batch of ids.
       numbers: JAX's description of the gather.
       sizes: of the window that each id takes.
-      mode: what ids outside of the table do.
+      mode: what ids outside the table do.
       fill: what mode FILL_OR_DROP gives for them.
       row_axes: how many axes of the table are rows.
     """

@@ -64,7 +64,7 @@ class Node:
     """What is done about an equation that is given tables.
 
     Attributes:
-      taken: images of which it uses all rows, by operand.
+      taken: images whose rows it uses all, by operand.
       lookups: what it looks up itself.
       programs: what each of its programs looks up in one run.
       images: which operands are images in its programs too.

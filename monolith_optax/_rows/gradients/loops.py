@@ -177,7 +177,7 @@ class While:
 def _with_constants(
     finder: Any, equation: Equation, operands: list[Any], num_consts: int
 ) -> tuple[list[Any], Any]:
-    """Operands of a loop of which only the constants are images of tables."""
+    """Operands of a loop; only its constants are images of tables."""
     what = f"changes in {finder.place(equation)}"
     changing = range(num_consts, len(operands))
     taken = finder.otherwise(equation, operands, changing, what)

@@ -77,7 +77,7 @@ class Added:
 
 
 class Positions:
-    """Rows of an image, in an array of ids that are all inside of it.
+    """Rows of an image, in an array of ids that are all inside it.
 
     Attributes:
       ids: the ids.
@@ -156,7 +156,7 @@ def on_rows(value: Value, table: Table) -> Value:
 
 
 class _Anywhere(Table):
-    """Any positions, of which several may have the same row."""
+    """Any positions; several may have the same row."""
 
     def gather(self, array: jax.Array) -> jax.Array:
         array, ids = jaxprs.alike([jnp.asarray(array), self.ids])

@@ -140,7 +140,7 @@ def is_image(value: Any) -> bool:
 
 
 def leaves_of(values: Sequence[Any]) -> frozenset[int]:
-    """The tables of which some values are images."""
+    """The tables that some values are images of."""
     found = [value.facts.leaves for value in values if is_image(value)]
     return frozenset().union(*found) if found else frozenset()
 
@@ -163,7 +163,7 @@ def which_tables(values: Sequence[Any]) -> frozenset[int]:
 
 
 def without_other_images(values: Sequence[Any]) -> list[Any]:
-    """Values of which images of no tables are no images any more."""
+    """Values, in which images of nothing are not images any more."""
     return [is_data(v) if is_image(v) and not is_table(v) else v for v in values]
 
 

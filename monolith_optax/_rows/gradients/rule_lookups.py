@@ -137,7 +137,7 @@ class Rule:
         return results
 
     def _added_to(self, atom: Any, summed: set[int]) -> list[Scatter]:
-        """What is added to zeros, of which some axes are then summed over."""
+        """What is added to zeros; some of its axes are then summed over."""
         if self._is_zero(atom):
             return []
         equation = self._made_by.get(atom)

@@ -37,7 +37,7 @@ def value_and_row_grad(
     JAX's gradient of `table[ids]` is as large as the table. Here the function is
     traced, as by `jax.jit`, its lookups of tables are found, and the gradient is taken
     with respect to the rows that they yield. Value and gradients are those of
-    `jax.value_and_grad`, also if they are differentiated again. So ids outside of a
+    `jax.value_and_grad`, also if they are differentiated again. So ids outside a
     table do what the lookup's mode says, and negative ones count from its end; where
     a lookup gives nothing for an id, the id is padding in the slices.
 
@@ -59,13 +59,13 @@ def value_and_row_grad(
       tables: a tree of bools that is a prefix of params: which leaves are tables. If
         it is None, these are the leaves that the function looks up by ids that are
         data and uses for nothing else that has a gradient, but for some of its rows,
-        such as `table[10:20]`, if they are at most half of them. A leaf of which rows
-        are only taken by constants, such as `layers[0]`, is not a table then. The
+        such as `table[10:20]`, if they are at most half of them. A leaf
+        whose rows are taken only by constants, such as `layers[0]`, is not a table. The
         number of ids does not matter. In the slices of a stack of tables, ids count
         through all of its rows.
       argnums: which argument params are, or which ones: then params are a tuple of
         them, and so are the gradients. By default the first, as in `jax.grad`.
-      has_aux: whether the function returns a pair, of which the second is passed on.
+      has_aux: whether the function returns a pair, whose second part is passed on.
       max_dense_rows: leaves with more rows than this must have gradients of rows, or
         be False in `tables`; by default any gradient may be dense.
 

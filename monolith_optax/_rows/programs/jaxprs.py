@@ -176,7 +176,7 @@ def holds(program: Program, array: np.ndarray) -> bool:
 
 
 def is_variable(atom: core.Var | core.Literal) -> bool:
-    """Whether an operand or result of an equation is no number written in it."""
+    """Whether an operand or result is a variable, not a number in the equation."""
     return not isinstance(atom, core.Literal)
 
 
@@ -212,7 +212,7 @@ def called_program(equation: Equation) -> Program | None:
 
 
 def closed(program: Any) -> Program:
-    """A program with its constants, of which some primitives hold none."""
+    """A program with its constants, which some primitives do not hold."""
     return program if hasattr(program, "consts") else core.ClosedJaxpr(program, ())
 
 

@@ -3,8 +3,8 @@
 In such a row a gradient is 0, so that its square is 0, too, and whether it is finite is
 True. Constants of results are found by applying the same operation to constants. Only
 where one operand decides are there rules: `0 * x` and `0 / x` count as 0 whatever `x`
-is, so where a dense step has NaN in a row without a gradient, because `x` is no
-number there, a lazy step takes no notice of it. But `x` decides the sign of that 0.
+is, so where a dense step has NaN in a row without a gradient, because `x` is not a
+number there, a lazy step ignores it. But `x` decides the sign of that 0.
 """
 
 import functools

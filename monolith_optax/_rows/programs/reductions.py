@@ -92,7 +92,7 @@ def _only(results: list[jax.Array]) -> jax.Array:
 
 
 def _neutral(name: str, dtype: Any) -> Any:
-    """The number that a reduction takes no notice of."""
+    """The number that a reduction ignores."""
     if name in _SUMS or name == "reduce_or":
         return np.asarray(_SUMS.get(name, 0), dtype)
     if name == "reduce_and":

@@ -94,7 +94,7 @@ def _broadcast_in_dim(
 
 
 def _of_axes(name: str) -> "Rule":
-    """Operations along axes of which none is one of rows, such as a row's sum."""
+    """Operations along axes other than the rows', such as a row's sum."""
 
     def rule(equation: Equation, by_row: list[bool], count: int) -> Plan | None:
         given = equation.params[name]

@@ -109,7 +109,7 @@ class Later:
 
 @dataclass(frozen=True, eq=False)
 class Given(Later):
-    """The rows of an array that is there, of which those of a batch may be enough."""
+    """The rows of an array that is there; a batch's rows may be enough."""
 
     array: Any
 

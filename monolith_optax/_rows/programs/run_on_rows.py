@@ -62,7 +62,7 @@ class Runner:
         return jaxprs.interpret(program, operands, self._step, self.whole)
 
     def whole(self, array: Any) -> Value:
-        """An array of which, if it is as long as a table, rows may be all we need."""
+        """An array; if it is as long as a table, its rows may be all we need."""
         if self._as_long(np.shape(array)):
             return Given(array)
         return Whole(array, known_constants.literal(array))

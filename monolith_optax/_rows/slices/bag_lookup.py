@@ -159,7 +159,7 @@ def _total(
 
 
 def _largest(rows: jax.Array, bags: jax.Array, num_bags: int) -> jax.Array:
-    """The first of the largest entries, which alone has a gradient."""
+    """The first of the largest entries, the only one that has a gradient."""
     shape = (num_bags, *rows.shape[1:])
     fixed = jax.lax.stop_gradient(rows)
     lowest = jnp.full(shape, -jnp.inf, rows.dtype)

@@ -34,7 +34,7 @@ def sum_duplicates(
 
 
 def distinct_ids(ids: jax.Array, num_rows: int) -> tuple[jax.Array, jax.Array]:
-    """The one position of each id, and ids of which no two are the same.
+    """The one position of each id, and ids that are all different.
 
     At its one position an id stays; at all others, and at those of padding, there are
     ids beyond the table, for which `is_beyond` holds.
@@ -53,7 +53,7 @@ def is_beyond(distinct: jax.Array) -> jax.Array:
 def sum_rows(
     positions: jax.Array, rows: jax.Array, row_shape: tuple[int, ...]
 ) -> jax.Array:
-    """The sums of rows at their positions, of which those beyond are dropped."""
+    """The sums of rows at their positions; rows beyond them are dropped."""
     rows = replicated(rows).reshape(positions.shape[0], *row_shape)
     wide = rows.astype(at_least_float32(rows.dtype))
     sums = jnp.zeros_like(wide).at[positions]
@@ -77,7 +77,7 @@ def check_size(num_rows: int, batch_size: int) -> None:
         )
 
 
-@jax.jit  # for calls outside of jit, which would compile the search anew each time
+@jax.jit  # for calls outside jit, which would compile the search anew each time
 def one_position(ids: jax.Array, num_rows: ArrayLike) -> jax.Array:
     """The last position in the batch of each id, on which all of its occurrences agree.
 

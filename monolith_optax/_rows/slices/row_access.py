@@ -102,7 +102,7 @@ class Table:
         return rows
 
     def scatter(self, array: jax.Array, rows: jax.Array) -> jax.Array:
-        """The array with new rows, of which those beyond it are dropped."""
+        """The array with new rows; rows beyond it are dropped."""
         if self.placement is not None:
             return self.placement.scatter(array, self.ids, rows)
         return (

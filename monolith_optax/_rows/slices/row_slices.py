@@ -270,7 +270,7 @@ def is_slices(node: Any) -> bool:
 
 
 def row_axes(shape: tuple[int, ...], slices: RowSlices) -> tuple[int, ...] | None:
-    """The first axes of a parameter, of which slices are rows; None if they are not.
+    """The first axes of a parameter whose rows slices are; None if they are not.
 
     There are several if the parameter is a stack of tables. Numbers are not looked for
     in stacks, since slices of numbers for a table of longer rows are a mistake.

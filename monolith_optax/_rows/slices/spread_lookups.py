@@ -22,7 +22,7 @@ def look_up(
 ) -> tuple[list[jax.Array], Route]:
     """Rows of a table for several arrays of ids, and the route that they took.
 
-    The ids may have any shape; those outside of the table get zeros. For arrays of the
+    The ids may have any shape; those outside the table get zeros. For arrays of the
     same shape, `send` then brings gradients the same way back.
     """
     rows, route = _look_up(table, tuple(ids), spread)

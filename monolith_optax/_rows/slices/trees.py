@@ -123,7 +123,7 @@ def _sum_of_squares(array: jax.Array) -> jax.Array:
 
 
 def psum(tree: Tree, axis_name: Any) -> Tree:
-    """`jax.lax.psum` of gradients of which some are `RowSlices`.
+    """`jax.lax.psum` of gradients, some of which are `RowSlices`.
 
     Slices of all devices are concatenated, which is their sum: each device then has as
     many ids as all of them had together. It works where `jax.lax.psum` does, inside
@@ -171,7 +171,7 @@ def psum(tree: Tree, axis_name: Any) -> Tree:
 
 
 def pmean(tree: Tree, axis_name: Any) -> Tree:
-    """`jax.lax.pmean` of gradients of which some are `RowSlices`.
+    """`jax.lax.pmean` of gradients, some of which are `RowSlices`.
 
     Each device's gradient is that of the mean over its part of the batch. Their mean is
     then the gradient of the mean over the whole batch.

@@ -1,4 +1,4 @@
-"""The slots among leaves of a state of which `init` does not tell whose they are.
+"""The slots among leaves of a state whose tables `init` does not show.
 
 If such a leaf is as long as a table and a step changes it, it must be a slot: one or
 more entries for each row. It belongs to the table with whose rows the program combines
@@ -16,7 +16,7 @@ from monolith_optax._rows.programs.row_values import MixesRowsError
 from monolith_optax._rows.slices.row_access import Table
 from monolith_optax._rows.steps.state_leaves import Leaf
 
-# A table or a leaf of which arrays hold as many entries along the first axis.
+# A table or a leaf; arrays hold as many entries along the first axis.
 Source = Any
 
 
@@ -35,7 +35,7 @@ def unchanged_slots(program: Program, weights: Sequence[Leaf]) -> list[bool]:
 def slots_of_program(
     program: Program, weights: Sequence[Leaf], slots: Sequence[Leaf]
 ) -> list[Leaf]:
-    """The leaves of a state with the tables of which the program of a step tells.
+    """The leaves of a state with the tables that the program of a step shows.
 
     Raises:
       MixesRowsError: a leaf changes that is as long as a table, and nothing tells

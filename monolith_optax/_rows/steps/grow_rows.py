@@ -1,4 +1,4 @@
-"""grow_rows and restack: larger tables that go on with the slots they have."""
+"""grow_rows and restack: larger tables that keep the slots they have."""
 
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -99,8 +99,8 @@ def restack(
       state: the optimizer's state.
       old: the stack of params.
       new: the stack that they are to have.
-      init: the weights of new rows: a number, or a tree like the tables of `new`, of
-        which the new rows are taken.
+      init: the weights of new rows: a number, or a tree like the tables of `new`,
+        whose new rows are taken.
 
     Returns:
       The params and the state with the arrays of the new stack. New rows have the slots

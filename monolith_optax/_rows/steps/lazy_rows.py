@@ -75,7 +75,7 @@ def lazy_rows(
        [0.999 0.999]] [0. 1.]
     """
     inner = optax.with_extra_args_support(inner)
-    # So that calls outside of a jit trace only once, too.
+    # So that calls outside a jit trace only once, too.
     jitted = jax.jit(functools.partial(_step, inner))
 
     def update(

@@ -30,7 +30,7 @@ class NamedRows(NamedTuple):
 
     @property
     def table(self) -> Table:
-        """The positions of the rows, of which several may have the same row."""
+        """The positions of the rows; several may have the same row."""
         return Table(self.name, self.axes, self.ids)
 
     def distinct(self) -> "NamedRows":
@@ -112,8 +112,8 @@ def _count_of_axes(name: str, shape: tuple[int, ...], ids: Any) -> int:
     if len(given) == 2 and 1 <= given[1] < len(shape):
         return int(given[1])
     raise ValueError(
-        f"{name} has the shape {shape}, so its rows may be those of its first axis or "
-        f"those of a stack of tables, and {describe(ids)} does not say which. Give "
+        f"{name} has the shape {shape}, so its rows may be along its first axis, or it "
+        f"may be a stack of tables, and {describe(ids)} does not say which. Give "
         "rows of shape (k, 1) for the first axis, or (k, 2) for pairs of a table and "
         "a row in it."
     )

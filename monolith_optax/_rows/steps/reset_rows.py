@@ -55,8 +55,8 @@ def reset_rows(
       The params and the state after the reset.
 
     Raises:
-      ValueError: rows or init are no prefix of params or do not fit the leaf that the
-        error names, or the state is not that of this optimizer for these params, or
+      ValueError: rows or init are not a prefix of params, or do not fit the leaf that
+        the error names, or the state is not that of this optimizer for these params, or
         `tx.init` computes the slots of a row from other rows.
       TypeError: rows are not integers.
 

@@ -25,8 +25,8 @@ def check_kind(state: optax.OptState) -> None:
     for node in jax.tree.leaves(state, is_leaf=lambda n: isinstance(n, _ACCUMULATORS)):
         if isinstance(node, _ACCUMULATORS):
             raise MixesRowsError(
-                f"{type(node).__name__} holds back updates of some steps, of which "
-                "a later one would apply only the rows it touches: accumulate "
+                f"{type(node).__name__} holds back updates of some steps, and "
+                "a later step would apply only the rows it touches: accumulate "
                 "gradients with RowSlices.concatenate instead"
             )
 
@@ -48,9 +48,9 @@ def owners(
     """Whose rows each leaf of the state of an optimizer has.
 
     `tx.init` is traced on parameters that have a few rows more, each another number of
-    them: a leaf of the state that then has as many rows is theirs. So it is no matter
-    which parameters have the same number of rows, or what a leaf's other axes are. Only
-    types count, and nothing is computed.
+    them: a leaf of the state that then has as many rows is theirs. So it does not
+    matter which parameters have the same number of rows, or what a leaf's other axes
+    are. Only types count, and nothing is computed.
 
     Args:
       tx: the optimizer.
@@ -60,8 +60,8 @@ def owners(
         their first axes are rows. None: the first one of each that has axes.
 
     Returns:
-      For each leaf of the state, in order, the index of the parameter of which it has
-      one entry or more for each row, on the same first axes; None if it has the same
+      For each leaf of the state, in order, the index of the parameter that it has one
+      entry or more for each row of, on the same first axes; None if it has the same
       size however many rows there are; or UNTOLD. That is so of leaves that have rows
       in another way, and if `init` does not take such parameters, or gives another
       state for them, of all leaves but those for which `optax.tree.map_params` tells.
@@ -184,7 +184,7 @@ class Leaf(NamedTuple):
         return value.at(self.table)
 
     def all(self, value: Value) -> Any:
-        """All of an array, for a leaf that is no table's."""
+        """All of an array, for a leaf that belongs to no table."""
         if isinstance(value, Rows):
             raise MixesRowsError(f"{self.name} depends on rows of {value.table.name}")
         return value.at(None)
