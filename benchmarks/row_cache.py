@@ -112,11 +112,24 @@ def parts(args: argparse.Namespace) -> None:
     )
 
 
+def clocks() -> np.ndarray:
+    """Seconds, and seconds of processor time of all threads."""
+    return np.array([time.perf_counter(), time.process_time()])
+
+
 def report(
-    name: str, seconds: float, losses: list[Any], before: Any = None, after: Any = None
+    name: str,
+    start: np.ndarray,
+    losses: list[Any],
+    before: Any = None,
+    after: Any = None,
 ) -> None:
-    """What a loop has done."""
-    line = f"{name}: {len(losses) / seconds:.1f} steps a second"
+    """What a loop has done since a start."""
+    seconds, processor = (clocks() - start).tolist()
+    line = (
+        f"{name}: {len(losses) / seconds:.1f} steps a second, "
+        f"{1e3 * processor / len(losses):.1f} ms of processor time each"
+    )
     if after is not None:
         done = dict(
             zip(after._fields, np.subtract(after, before).tolist(), strict=True)
@@ -140,7 +153,7 @@ def train_cache(args: argparse.Namespace, tx: Any, step: Callable[..., Any]) -> 
 
     def loop(name: str, batches: Iterator[np.ndarray]) -> None:
         nonlocal params, state
-        losses, before, start = [], cache.counts, time.perf_counter()
+        losses, before, start = [], cache.counts, clocks()
         for number, (_, rows, moves) in enumerate(
             cache.prefetch(batches, lambda ids: {"item": ids}, depth=args.depth), 1
         ):
@@ -149,11 +162,10 @@ def train_cache(args: argparse.Namespace, tx: Any, step: Callable[..., Any]) -> 
             losses.append(value)
             if number % 500 == 0:
                 jax.block_until_ready(value)
-                rate = number / (time.perf_counter() - start)
+                rate = number / (clocks() - start)[0]
                 print(f"  {name}: {number} steps, {rate:.1f} a second", flush=True)
         jax.block_until_ready(params)
-        seconds = time.perf_counter() - start
-        report(name, seconds, losses, before, cache.counts)
+        report(name, start, losses, before, cache.counts)
 
     start = time.perf_counter()
     if args.snapshots and any(args.snapshots.glob("snapshot-*")):
@@ -180,13 +192,13 @@ def train_table(args: argparse.Namespace, tx: Any, step: Callable[..., Any]) -> 
         ids.assign(raw_ids(np.arange(start, min(start + 2**20, args.ids))))
     params, state, _ = step(params, state, np.zeros(args.batch, np.int32))
     for kind in KINDS:
-        losses, begin = [], time.perf_counter()
+        losses, begin = [], clocks()
         for raw in drawn(args, kind):
             rows, _ = ids.assign(raw)
             params, state, value = step(params, state, rows)
             losses.append(value)
         jax.block_until_ready(params)
-        report(f"{kind}, one table", time.perf_counter() - begin, losses)
+        report(f"{kind}, one table", begin, losses)
 
 
 def main() -> None:

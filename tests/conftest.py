@@ -12,7 +12,6 @@ RARE = {*VARIANTS} - SAMPLES | {name for name, row in ROWS.items() if not row.sa
 # The contracts of optax's own optimizers call ours so.
 IN_FOLDER = {
     "checkpoint": RARE,
-    "ids": RARE,
     "optimizers": RARE,
     "rows": {f"ours: {name}" for name in RARE},
 }
