@@ -16,7 +16,10 @@ from numpy.typing import NDArray
 
 import monolith_optax
 from monolith_optax import (
+    CacheCounts,
     IdMap,
+    Moves,
+    RowCache,
     RowSlices,
     adamom,
     apply_updates,
@@ -32,6 +35,7 @@ from monolith_optax import (
     shampoo,
     split_ids,
     stochastic_rounding,
+    uniform_rows,
     value_and_row_grad,
 )
 
@@ -137,6 +141,26 @@ def save() -> None:
     assert_type(maps, dict[str, IdMap])
 
 
+def cache_rows() -> None:
+    tx, params = lazy_rows(embedding.adagrad(0.1)), new_params()
+    state = tx.init(params)
+    tables = {"items": "item", "bias": None}
+    cache = RowCache(tx, params, tables, init=uniform_rows(0.1, seed=1), policy="lfu")
+    batches = [(np.arange(6), 1), (np.arange(3, 9), 2)]
+    for batch, rows, moves in cache.prefetch(
+        batches, lambda batch: {"item": batch[0]}, time=lambda batch: batch[1]
+    ):
+        assert_type(batch[1], int)
+        assert_type(moves, Moves)
+        params, state = cache.move(params, state, moves)
+        assert rows["item"].shape == (6,)
+    assert_type(params, Params)
+    assert_type(cache.counts, CacheCounts)
+    assert_type(cache.num_ids, dict[str, int])
+    params, state = cache.drain(params, state)
+    cache.expire(before=2)
+
+
 def check_nodes() -> None:
     addresses = ["localhost:none"]  # malformed, so that nothing is connected to
     report = asyncio.run(net.check_nodes(addresses))
@@ -153,6 +177,7 @@ def mistakes(params: Params, rows: jax.Array, slices: RowSlices) -> None:
     value_and_row_grad(loss)(params, rows)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
     value_and_row_grad(loss)([1.0], rows, rows)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     value_and_row_grad(loss, aux=True)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    RowCache(adamom(), params, "item", policy="fifo")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     lazy_rows(0.1)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     adamom(use_v3=True)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
     IdMap("10")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
@@ -169,5 +194,6 @@ if __name__ == "__main__":
         train(tx)
     differentiate()
     save()
+    cache_rows()
     check_nodes()
     print(f"monolith_optax {monolith_optax.__version__} works")
