@@ -41,5 +41,6 @@ from monolith_optax._rows.steps.lazy_rows import lazy_rows as lazy_rows
 from monolith_optax._rows.steps.read_rows import read_rows as read_rows
 from monolith_optax._rows.steps.read_rows import write_rows as write_rows
 from monolith_optax._rows.steps.reset_rows import reset_rows as reset_rows
+from monolith_optax._rows.steps.slot_shardings import slot_shardings as slot_shardings
 
 __version__: str

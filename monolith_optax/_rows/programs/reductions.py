@@ -50,6 +50,8 @@ def reduce_rows(
       table: the table.
     """
     name, changed = str(equation.primitive.name), _of_one_axis(equation, table)
+    if 0 in rows[0].shape[1:]:  # no row has any entries
+        return _only(bind(equation, rows, **changed))
     if name == "dot_general":
         if not any(constant.is_zero() for constant in elsewhere):
             return None

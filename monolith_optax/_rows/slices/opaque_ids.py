@@ -20,6 +20,9 @@ def _refuse(*_: Any) -> NoReturn:
     raise TypeError("The row ids of RowSlices are not random keys.")
 
 
+# What JAX prints where something computes with ids.
+_TAG = "row ids of RowSlices: put what computes with gradients inside lazy_rows"
+
 _IMPL = define_prng_impl(
     key_shape=(1,),
     seed=_refuse,
@@ -27,7 +30,7 @@ _IMPL = define_prng_impl(
     random_bits=_refuse,
     fold_in=_refuse,
     name="row ids of RowSlices",
-    tag="row ids of RowSlices",
+    tag=_TAG,
 )
 _DTYPE = jax.eval_shape(
     lambda data: jax.random.wrap_key_data(data, impl=_IMPL),

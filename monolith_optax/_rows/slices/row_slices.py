@@ -16,10 +16,20 @@ from monolith_optax._rows.slices.spread import Placement
 from monolith_optax._shardings import replicated
 
 
+class _Named(type):
+    """A type that says what to do where JAX prints it: in trees that do not match."""
+
+    def __repr__(cls) -> str:
+        return (
+            "<class 'monolith_optax.RowSlices': gradients of rows, which only an "
+            "optimizer inside lazy_rows takes>"
+        )
+
+
 @public("monolith_optax")
 @jax.tree_util.register_pytree_with_keys_class
 @dataclass(init=False, frozen=True, eq=False, repr=False)
-class RowSlices:
+class RowSlices(metaclass=_Named):
     """The sum of some rows into a table of zeros.
 
     It is what the gradient of a lookup is, without the table. Rows with the same id
@@ -81,6 +91,12 @@ class RowSlices:
 
     # NumPy's operators would otherwise take the slices for an element.
     __array_ufunc__ = None
+
+    def __array__(self, *_: Any, **__: Any) -> Any:
+        raise TypeError(
+            "RowSlices are no array: slices.to_dense(num_rows) makes one, and "
+            "slices.ids and slices.rows are what they hold."
+        )
 
     def __init__(self, ids: ArrayLike, rows: ArrayLike) -> None:
         object.__setattr__(self, "_ids", opaque(int32_ids(ids)))
@@ -207,7 +223,7 @@ class RowSlices:
 
     def __rsub__(self, table: ArrayLike) -> jax.Array:
         """`table - slices` is a table, in its dtype."""
-        difference: jax.Array = table + -self
+        difference: jax.Array = -self + table
         return difference
 
     def __mul__(self, scalar: ArrayLike) -> "RowSlices":

@@ -1,6 +1,7 @@
 """lazy_rows: an optimizer step on a table that touches only the rows of a batch."""
 
 import functools
+import warnings
 from typing import Any
 
 import jax
@@ -43,7 +44,11 @@ def lazy_rows(
     that are one for all rows, as in Adam's bias correction, count every step; the
     slot `c` of `adamom` counts the steps of its row. Where every step touches every
     row, all of this is the dense optimizer. Gradients that are arrays, also those of
-    tables, take the dense step.
+    tables, take the dense step; if all of them are, a warning says so once.
+
+    Without a surrounding `jax.jit` the step is jitted by itself. What `inner` reads
+    from Python, such as a list that a schedule looks at, is then what it was in the
+    first step.
 
     Args:
       inner: the optimizer: any one that treats each row by itself, as adamom, rmsprop,
@@ -77,6 +82,7 @@ def lazy_rows(
     inner = optax.with_extra_args_support(inner)
     # So that calls outside a jit trace only once, too.
     jitted = jax.jit(functools.partial(_step, inner))
+    warn = functools.cache(_warn_of_dense_gradients)  # once
 
     def update(
         updates: optax.Updates,
@@ -85,16 +91,28 @@ def lazy_rows(
         **extra_args: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
         step = inner.update
-        if any(map(is_slices, jax.tree.leaves(updates, is_leaf=is_slices))):
+        leaves = jax.tree.leaves(updates, is_leaf=is_slices)
+        if any(map(is_slices, leaves)):
             check_kind(state)
             _check_slices(updates, params)
             _check_extra_args(extra_args)
             only_arrays = all(map(_is_array, jax.tree.leaves(extra_args)))
             step = jitted if only_arrays else functools.partial(_step, inner)
+        elif any(np.ndim(leaf) > 1 for leaf in leaves):
+            warn()
         result: tuple[Any, Any] = step(updates, state, params, **extra_args)
         return result
 
     return optax.GradientTransformationExtraArgs(inner.init, update)
+
+
+def _warn_of_dense_gradients() -> None:
+    warnings.warn(
+        "All gradients given to lazy_rows are arrays, so its step is the dense one and "
+        "costs as much as the tables. Take gradients with value_and_row_grad, whose "
+        "explain says which leaves have gradients of rows.",
+        stacklevel=3,
+    )
 
 
 def _is_array(leaf: Any) -> bool:
@@ -136,7 +154,13 @@ def _step(
             list(map(jax.typeof, arrays)),
         )
 
-    program, shapes = traced(slots)
+    try:
+        program, shapes = traced(slots)
+    except Exception as error:
+        _check_state(inner, state, params, error)
+        raise
+    if jax.tree.structure(shapes[1]) != slots_structure:
+        _check_state(inner, state, params)
     _check_results(shapes, (updates, state), [*weights, *slots])
     found = slots_of_program(program, weights, slots)
     if found != slots:
@@ -226,6 +250,24 @@ def _update(value: Value, weight: Leaf) -> Any:
     # -1 is padding also where nobody knows how many rows there are, as in norms.
     ids = jnp.where(table.valid, table.ids, -1)
     return RowSlices.placed(ids, weight.rows(value), table.placement)
+
+
+def _check_state(
+    inner: optax.GradientTransformation,
+    state: optax.OptState,
+    params: optax.Params,
+    cause: Exception | None = None,
+) -> None:
+    """Says so if a step fails on the state of another optimizer."""
+    given: Any = jax.tree.structure(state)
+    expected: Any = jax.tree.structure(jax.eval_shape(inner.init, params))
+    if given != expected:
+        raise ValueError(
+            "The state must be that of the optimizer for these params, but it is "
+            f"{given} instead of {expected}. If it was restored as lists or dicts, put "
+            "its leaves into a new state: jax.tree.unflatten(jax.tree.structure("
+            "tx.init(params)), jax.tree.leaves(restored))."
+        ) from cause
 
 
 def _check_results(shapes: Any, given: Any, leaves: list[Leaf]) -> None:

@@ -22,21 +22,26 @@ def check_kind(state: optax.OptState) -> None:
     Raises:
       ValueError: the state is that of such an optimizer.
     """
-    for node in jax.tree.leaves(state, is_leaf=lambda n: isinstance(n, _ACCUMULATORS)):
-        if isinstance(node, _ACCUMULATORS):
-            raise MixesRowsError(
-                f"{type(node).__name__} holds back updates of some steps, and "
-                "a later step would apply only the rows it touches: accumulate "
-                "gradients with RowSlices.concatenate instead"
-            )
+    for node in jax.tree.leaves(state, is_leaf=lambda n: isinstance(n, tuple(_KINDS))):
+        for kind, why in _KINDS.items():
+            if isinstance(node, kind):
+                raise MixesRowsError(f"{type(node).__name__} {why}")
 
 
-_ACCUMULATORS = (
-    optax.MultiStepsState,
-    optax.ApplyEvery,
-    optax.LookaheadState,
-    optax.contrib.SAMState,
+_HOLDS_BACK = (
+    "holds back updates of some steps, and a later step would apply only the rows it "
+    "touches: accumulate gradients with monolith_optax.accumulate instead"
 )
+_KINDS: dict[type[Any], str] = {
+    optax.MultiStepsState: _HOLDS_BACK,
+    optax.ApplyEvery: _HOLDS_BACK,
+    optax.LookaheadState: _HOLDS_BACK,
+    optax.contrib.SAMState: _HOLDS_BACK,
+    optax.contrib.ScheduleFreeState: (
+        "averages parameters over all steps, and a row would miss the steps that do "
+        "not touch it: take averages outside the optimizer"
+    ),
+}
 
 
 def owners(

@@ -35,11 +35,11 @@ ACCEPTED = {
     "adopt": lambda: contrib.adopt(0.1),
     "ademamix": lambda: contrib.ademamix(0.1),
     "madgrad": lambda: contrib.madgrad(0.1),
-    "schedule_free": lambda: contrib.schedule_free_adamw(0.1),
     "novograd": lambda: optax.novograd(0.1),
     **{f"ours: {name}": v.make for name, v in VARIANTS.items() if v.row.for_rows},
 }
 REFUSED = {
+    "schedule_free": lambda: contrib.schedule_free_adamw(0.1),
     "lamb": lambda: optax.lamb(0.1),
     "lars": lambda: optax.lars(0.1),
     "fromage": lambda: optax.fromage(0.1),

@@ -1,0 +1,97 @@
+"""slot_shardings: the slots of an optimizer are split as their parameters are."""
+
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import NamedSharding, PartitionSpec
+from jax.tree_util import keystr
+
+from monolith_optax._rows.steps.state_leaves import UNTOLD, owners
+
+
+def slot_shardings(tx: optax.GradientTransformation, params: Any, where: Any) -> Any:
+    """The shardings of an optimizer's state, from those of its parameters.
+
+    A slot is split as its parameter is, one with a number for each row along the rows.
+    What belongs to no parameter, such as a count of steps, is on every device. It does
+    not matter how optimizers are wrapped: `optax.partition` and `optax.masked` leave
+    nodes without leaves in the state of each, which stay as they are.
+
+    Args:
+      tx: the optimizer. Its `init` is traced, which computes nothing.
+      params: the parameters, or the shapes that `jax.eval_shape` returns.
+      where: a tree that is a prefix of params: the `jax.sharding.NamedSharding` of
+        each.
+
+    Returns:
+      A tree like the state, of shardings, for `out_shardings` of the `jax.jit` that
+      makes the state or steps on it.
+
+    Raises:
+      ValueError: where is not a prefix of params, or holds no shardings of one mesh, or
+        it is not known which parameter a leaf of the state belongs to.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> from jax.sharding import NamedSharding, PartitionSpec
+      >>> from monolith_optax import embedding, slot_shardings
+      >>> mesh = jax.make_mesh((1,), ("x",))
+      >>> rows = NamedSharding(mesh, PartitionSpec("x", None))
+      >>> params = {"items": jnp.ones((8, 2))}
+      >>> tx = embedding.rowwise_adagrad(0.1)
+      >>> state_where = slot_shardings(tx, params, {"items": rows})
+      >>> print(state_where.sum_square["items"].spec)
+      PartitionSpec('x',)
+    """
+    leaves = jax.tree.leaves(params)
+    shardings = jax.tree.leaves(_broadcast(where, params))
+    meshes: set[Any] = {getattr(sharding, "mesh", None) for sharding in shardings}
+    if len(meshes) != 1 or None in meshes:
+        raise ValueError(
+            "where must hold a NamedSharding for each parameter, all of one mesh, but "
+            f"the meshes are {meshes}."
+        )
+    [mesh] = meshes
+    state = jax.eval_shape(tx.init, params)
+    paths, structure = jax.tree.flatten_with_path(state)
+
+    def sharding(path: Any, slot: Any, owner: Any) -> Any:
+        if owner is UNTOLD and slot.ndim:
+            raise ValueError(
+                f"It is not known which parameter state{keystr(path)} of shape "
+                f"{slot.shape} belongs to. Give its sharding by hand."
+            )
+        if not isinstance(owner, int):
+            return NamedSharding(mesh, PartitionSpec())
+        sizes = zip(slot.shape, np.shape(leaves[owner]), strict=False)
+        spec = shardings[owner].spec
+        split = [
+            spec[axis] if size == of_param and axis < len(spec) else None
+            for axis, (size, of_param) in enumerate(sizes)
+        ]
+        if slot.shape == np.shape(leaves[owner]):
+            return shardings[owner]
+        return NamedSharding(mesh, PartitionSpec(*split))
+
+    found = owners(tx, params, state)
+    return jax.tree.unflatten(
+        structure,
+        [
+            sharding(path, slot, owner)
+            for (path, slot), owner in zip(paths, found, strict=True)
+        ],
+    )
+
+
+def _broadcast(where: Any, params: Any) -> Any:
+    try:
+        return jax.tree.broadcast(where, params)
+    except ValueError as error:
+        raise ValueError(
+            "where must be a tree of shardings that is a prefix of the tree of params, "
+            f"but it is {jax.tree.structure(where)}, and that of params is "
+            f"{jax.tree.structure(params)}."
+        ) from error
