@@ -58,6 +58,8 @@ def proceed(tx, params, state, name):
     return params, state
 
 
+# Their dense gradients are those of whole tables.
+@pytest.mark.filterwarnings("ignore:All gradients given to lazy_rows are arrays")
 @pytest.mark.parametrize("is_compact", [False, True])
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 @pytest.mark.parametrize("name", OPTIMIZERS)
