@@ -94,7 +94,7 @@ class RowSlices(metaclass=_Named):
 
     def __array__(self, *_: Any, **__: Any) -> Any:
         raise TypeError(
-            "RowSlices are no array: slices.to_dense(num_rows) makes one, and "
+            "RowSlices are not an array: slices.to_dense(num_rows) makes one, and "
             "slices.ids and slices.rows are what they hold."
         )
 

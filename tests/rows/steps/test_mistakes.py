@@ -58,7 +58,7 @@ def test_arithmetic():
         jnp.sum(GRADIENTS["table"])
 
 
-def test_slices_are_no_array():
+def test_slices_are_not_an_array():
     for convert in np.asarray, jnp.asarray:
         with pytest.raises(TypeError, match=r"RowSlices.*"):
             convert(GRADIENTS["table"])
