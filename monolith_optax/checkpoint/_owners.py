@@ -124,14 +124,16 @@ def find(files: Files, name: str, servers: int | None) -> Source:
             "several tables: it holds two saves."
         )
     if in_multi and without:
-        raise ValueError(f"{without[0]} has no table {name!r}, but other files have.")
+        raise ValueError(
+            f"{without[0]} has no table {name!r}, but other files have one."
+        )
     source = Source(name, multi, name) if in_multi else Source(name, single, "")
     if not source.shards:
         tables = {
             name for shards in multi.values() for s in shards for name in s.tables or ()
         }
         raise FileNotFoundError(
-            f"There is no table {name!r} in {files.folder}, but "
+            f"There is no table {name!r} in {files.folder}; there are "
             f"{sorted({*files.suffixes(SINGLE), *tables})}."
         )
     _check_numbers(source, servers)

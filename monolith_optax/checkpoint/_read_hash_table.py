@@ -151,7 +151,7 @@ class Reader:
         if len(twice := np.flatnonzero(ids[1:] == ids[:-1])):
             first, second = (self.where(int(order[twice[0] + i])) for i in (0, 1))
             raise ValueError(
-                f"The id {ids[twice[0]]} is there twice, as {first} and as {second}."
+                f"The id {ids[twice[0]]} occurs twice, as {first} and as {second}."
             )
         return self.arrays
 

@@ -54,7 +54,9 @@ def checked(segments: Segments) -> Segments:
                 f"There is no optimizer {name!r}; there are {list(KINDS)}."
             )
         if dim < 1:
-            raise ValueError(f"A segment's dim is at least 1, but {segment} is given.")
+            raise ValueError(
+                f"A segment's dim must be at least 1, but it is {segment}."
+            )
     if not segments:
         raise ValueError("A table has at least one segment, but none is given.")
     return [(name, int(dim)) for name, dim in segments]

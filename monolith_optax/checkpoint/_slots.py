@@ -153,7 +153,7 @@ def export_slots(
         step = tensors.get(GLOBAL_STEP)
         if step is not None and written.get(GLOBAL_STEP, step) != step:
             raise ValueError(
-                f"The state has counts of steps that differ, {step} and "
+                f"The state has different step counts, {step} and "
                 f"{written[GLOBAL_STEP]}, but a checkpoint has only one {GLOBAL_STEP}. "
                 "Export the state of one optimizer at a time."
             )

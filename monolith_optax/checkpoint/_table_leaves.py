@@ -69,7 +69,7 @@ def parts_of(
             each = {part.path: part.shape[0] for part in parts}
             raise ValueError(
                 f"The leaves of table {name!r} must have the same number of rows, and "
-                f"there must be one at least, but they have {each}."
+                f"there must be at least one leaf, but they have {each}."
             )
     return tables
 

@@ -82,8 +82,7 @@ def read_records(
                 done = file.tell()
     if rest:
         raise ValueError(
-            f"{path} is cut off in record {scan.count}: {len(rest)} bytes of it are "
-            "there."
+            f"{path} is cut off in record {scan.count}, after {len(rest)} bytes."
         )
 
 
@@ -185,8 +184,8 @@ def _blocks(file: BinaryIO, path: Path, size: int) -> Iterator[bytes]:
             expanded = cramjam.snappy.decompress_raw_len(block)
             if expanded > _BLOCK:
                 raise ValueError(
-                    f"{path}: the Snappy block at byte {start} is of {expanded} bytes, "
-                    f"but TensorFlow's blocks have at most {_BLOCK}."
+                    f"{path}: the Snappy block at byte {start} expands to {expanded} "
+                    f"bytes, but TensorFlow's blocks have at most {_BLOCK}."
                 )
             blocks.append(bytes(cramjam.snappy.decompress_raw(block)))
         except cramjam.DecompressionError as error:

@@ -159,8 +159,8 @@ def _arrays(table: HashTable, segments: Segments) -> dict[Column, np.ndarray]:
             where = column if isinstance(column, str) else f"segments[{column[0]}]"
             what = where if column == where else f"{where}.slots[{column[1]!r}]"
             raise ValueError(
-                f"{what} is of dtype {array.dtype} and shape {array.shape}, but must "
-                f"be of {np.dtype(dtype)} and {expected}."
+                f"{what} has dtype {array.dtype} and shape {array.shape}, but must "
+                f"have {np.dtype(dtype)} and {expected}."
             )
     distinct, times = np.unique(arrays["ids"], return_counts=True)
     if len(twice := distinct[times > 1]):
@@ -168,7 +168,7 @@ def _arrays(table: HashTable, segments: Segments) -> dict[Column, np.ndarray]:
     times = arrays["last_update"]
     if len(wrong := times[(times < 0) | (times >= 2**32)]):
         raise ValueError(
-            f"Monolith keeps times in 32 bits without a sign, but one is {wrong[0]}."
+            f"Monolith keeps times as unsigned 32-bit integers, but one is {wrong[0]}."
         )
     return arrays
 

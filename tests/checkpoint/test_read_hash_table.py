@@ -344,7 +344,7 @@ def test_names_in_ckpt_info_are_escaped(tmp_path):
 
 def test_ids_that_are_there_twice(tmp_path):
     write_single(tmp_path, "item", [entry(1), entry(5)], [entry(2), entry(5)])
-    message = r"id 5 is there twice.*00000-of-00002: entry 1 .*00001-of-00002: entry 1"
+    message = r"id 5 occurs twice.*00000-of-00002: entry 1 .*00001-of-00002: entry 1"
     with pytest.raises(ValueError, match=message):
         read_hash_table(tmp_path, "item", segments=ADAGRAD)
 
@@ -414,7 +414,7 @@ def test_an_entry_that_differs_is_named(tmp_path):
     ("segments", "message"),
     [
         ([("adamom", 2)], "no optimizer 'adamom'; there are .*'adagrad'"),
-        ([("adagrad", 0)], "dim is at least 1"),
+        ([("adagrad", 0)], "dim must be at least 1"),
         ([], "at least one segment"),
     ],
 )

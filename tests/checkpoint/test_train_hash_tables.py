@@ -249,7 +249,7 @@ BAD = {
     "dtype": ({"dtype": "bfloat16"}, r"'w' of table 'item' .* float32 .* bfloat16"),
     "path": ({"leaves": {"item": {"v": "adagrad"}}}, r"'v' .* not in params.*\['w'\]"),
     "names": ({"leaves": {"user": {"w": "adagrad"}}}, r"\['user'\].*\['item'\]"),
-    "no leaf": ({"leaves": {"item": {}}}, r"'item' .* one at least"),
+    "no leaf": ({"leaves": {"item": {}}}, r"'item' .* at least one leaf"),
     "optimizer": ({"leaves": {"item": {"w": "lion"}}}, "'lion', but it must be one of"),
     "not ours": (
         {"leaves": {"item": {"w": "dynamic_wd_adagrad"}}},
