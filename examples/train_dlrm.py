@@ -15,8 +15,12 @@ With `--checkpoint FOLDER` a run saves its progress and a later one continues it
 """
 
 import argparse
+import contextlib
 import functools
 import itertools
+import math
+import os
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -305,29 +309,61 @@ def plot(
     plt.close(figure)
 
 
+def at_least(least: int) -> Callable[[str], int]:
+    """Makes whole numbers of an option's text."""
+
+    def number(text: str) -> int:
+        with contextlib.suppress(ValueError):
+            if (value := int(text)) >= least:
+                return value
+        raise argparse.ArgumentTypeError(
+            f"must be a whole number of at least {least}, not {text!r}"
+        )
+
+    return number
+
+
+def positive(text: str) -> float:
+    """Makes a positive number of an option's text."""
+    with contextlib.suppress(ValueError):
+        if 0 < (value := float(text)) < math.inf:
+            return value
+    raise argparse.ArgumentTypeError(f"must be a positive number, not {text!r}")
+
+
+def picture(text: str) -> str:
+    """Checks that a picture can be written before it takes minutes to have one."""
+    path = Path(text)
+    if path.suffix not in (".png", ".pdf", ".svg"):
+        raise argparse.ArgumentTypeError(f"must end in .png, .pdf or .svg: {text!r}")
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"cannot be written: {text!r}")
+    return text
+
+
 def parse_args() -> argparse.Namespace:
     """The options, checked."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add, default = parser.add_argument, "(default: %(default)s)"
+    numbers = {
+        "--dim": (16, f"length of a vector {default}"),
+        "--steps": (1500, default),
+        "--batch-size": (512, f"ratings per step {default}"),
+    }
+    for name, (value, text) in numbers.items():
+        add(name, type=at_least(1), default=value, help=text)
+    add("--learning-rate", type=positive, default=0.003, help=f"peak {default}")
+    add("--seed", type=at_least(0), default=0, help=f"of weights and batches {default}")
+    add("--quick", action="store_true", help="at most 60 steps")
+    add("--checkpoint", metavar="FOLDER", help="to continue from (default: none)")
+    add(
+        "--plot",
+        type=picture,
+        metavar="PATH",
+        default="train_dlrm.png",
+        help=f"the picture {default}",
     )
-    parser.add_argument("--dim", type=int, default=16, help="length of a vector")
-    parser.add_argument("--steps", type=int, default=1500)
-    parser.add_argument("--batch-size", type=int, default=512, help="ratings per step")
-    parser.add_argument("--learning-rate", type=float, default=0.003, help="peak")
-    parser.add_argument("--seed", type=int, default=0, help="of weights and batches")
-    parser.add_argument("--quick", action="store_true", help="at most 60 steps")
-    parser.add_argument("--checkpoint", metavar="FOLDER", help="continue from here")
-    parser.add_argument("--plot", metavar="PATH", default="train_dlrm.png")
     args = parser.parse_args()
-    for option in "dim", "steps", "batch_size":
-        if getattr(args, option) < 1:
-            flag = option.replace("_", "-")
-            parser.error(f"--{flag} must be at least 1, not {getattr(args, option)}")
-    if not args.learning_rate > 0:
-        parser.error(f"--learning-rate must be above 0, not {args.learning_rate}")
-    if not Path(args.plot).absolute().parent.is_dir():
-        parser.error(f"--plot names a folder that is not there: {args.plot}")
     if args.quick:
         args.steps = min(args.steps, 60)
     return args
@@ -359,4 +395,5 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        raise SystemExit(130) from None
+        print("Interrupted.", file=sys.stderr)
+        sys.exit(130)
