@@ -60,8 +60,14 @@ def rows_sharding(table: ArrayLike, ids: ArrayLike) -> NamedSharding | None:
     return NamedSharding(sharding.mesh, PartitionSpec(*batch, *columns))
 
 
-def without_row_axes(sharding: Any, count: int = 1) -> Any:
-    """A sharding whose first axes are one, on all devices, for any number of rows."""
+def with_row_axis(sharding: Any, count: int = 1, split: Any = None) -> Any:
+    """A sharding whose first axes are one, for any number of rows.
+
+    Args:
+      sharding: the sharding.
+      count: how many first axes become one.
+      split: the mesh axes over which this is split; None: it is on all devices.
+    """
     if isinstance(sharding, PartitionSpec):
-        return PartitionSpec(None, *sharding[count:])
-    return NamedSharding(sharding.mesh, without_row_axes(sharding.spec, count))
+        return PartitionSpec(split, *sharding[count:])
+    return NamedSharding(sharding.mesh, with_row_axis(sharding.spec, count, split))

@@ -19,6 +19,15 @@ def collectives(compiled):
     ]
 
 
+def sent(compiled):
+    """By kind, the bytes that each collective gives, of all of its arrays together."""
+    found = {}
+    for shapes, kind in COLLECTIVE.findall(compiled.as_text()):
+        arrays = re.findall(r"(\w+)\[([\d,]*)\]", shapes)
+        found.setdefault(kind, []).append(sum(_bytes(*array) for array in arrays))
+    return found
+
+
 def copies(compiled, shape):
     """The lines that copy an array of a shape."""
     sizes = ",".join(map(str, shape))

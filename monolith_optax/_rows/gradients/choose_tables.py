@@ -4,7 +4,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 
 from monolith_optax._rows.gradients.find_lookups import Finder
@@ -29,14 +28,14 @@ class Choice(NamedTuple):
         return frozenset(self.row_axes)
 
 
-def choose(loss: Loss, tables: Any, max_dense_rows: int | None) -> Choice:
-    """The leaves that are tables, or those that `tables` asks for.
+def choose(loss: Loss, max_dense_rows: int | None) -> Choice:
+    """The leaves that are tables: those that are asked for, and others by their use.
 
     Raises:
-      ValueError: tables does not fit params, or a leaf that it names is not a
-        table; or one with more rows than `max_dense_rows` is not.
+      ValueError: a leaf that is asked for is not a table, or one with more rows than
+        `max_dense_rows` is not.
     """
-    choice = _choose(loss, tables)
+    choice = _choose(loss)
     for leaf, why in choice.refused.items():
         shape = loss.types[leaf].shape
         too_many = max_dense_rows is not None and shape and shape[0] > max_dense_rows
@@ -49,18 +48,17 @@ def choose(loss: Loss, tables: Any, max_dense_rows: int | None) -> Choice:
     return choice
 
 
-def _choose(loss: Loss, tables: Any) -> Choice:
+def _choose(loss: Loss) -> Choice:
     types = loss.types
-    if tables is None:
-        asked = [False] * len(types)
-        refused = {
-            leaf: "as it has no rows of floating point"
-            for leaf, aval in enumerate(types)
-            if not aval.shape or not jnp.issubdtype(aval.dtype, jnp.floating)
-        }
-    else:
-        asked = _flags(tables, loss)
-        refused = {leaf: _UNASKED for leaf, ask in enumerate(asked) if not ask}
+    flags = loss.asked.flags
+    asked = [flag is True for flag in flags]
+    refused = {
+        leaf: "as it has no rows of floating point"
+        for leaf, aval in enumerate(types)
+        if flags[leaf] is None
+        and not (aval.shape and jnp.issubdtype(aval.dtype, jnp.floating))
+    }
+    refused |= {leaf: _UNASKED for leaf, flag in enumerate(flags) if flag is False}
     row_axes: dict[int, int] = {}
     flow = GradientFlow()
     while True:
@@ -68,8 +66,8 @@ def _choose(loss: Loss, tables: Any) -> Choice:
         finder = Finder(types, left, row_axes, flow, loss.from_numpy)
         tree = finder.find(loss.program)
         more = _not_tables(finder, left, types) | finder.refused
-        if tables is not None and more:
-            leaf, why = min(more.items())
+        if wrong := [leaf for leaf in sorted(more) if asked[leaf]]:
+            leaf, why = wrong[0], more[wrong[0]]
             raise ValueError(
                 f"Table {loss.names[leaf]} {why}, so its gradient is not one of rows. "
                 "Say False for it in tables to get a dense gradient, or only look it "
@@ -121,18 +119,3 @@ def _axes_without_ids(shape: tuple[int, ...], finder: Finder) -> int | None:
         if any(empty[-len(row_shape) :] == row_shape for empty in finder.empty_shapes):
             return axes
     return None
-
-
-def _flags(tables: Any, loss: Loss) -> list[bool]:
-    params = jax.tree.unflatten(loss.structure, loss.leaves)
-    try:
-        flags = jax.tree.leaves(jax.tree.broadcast(tables, params))
-    except ValueError as error:
-        raise ValueError(
-            "tables must be a tree of bools that is a prefix of the tree of params, "
-            f"but it is {tables!r}, and that of params is {loss.structure}."
-        ) from error
-    for flag, aval, name in zip(flags, loss.types, loss.names, strict=True):
-        if flag and not aval.shape:
-            raise ValueError(f"tables names {name}, but a scalar has no rows.")
-    return [bool(flag) for flag in flags]

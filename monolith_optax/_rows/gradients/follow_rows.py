@@ -4,6 +4,7 @@
 equation, gives the rows of a result where they are looked up.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Protocol
@@ -69,7 +70,7 @@ def _placed(equation: Equation, value: Any) -> Any:
     if equation.primitive.name not in _PLACEMENTS:
         return value
     [array] = jaxprs.bind(equation, [value.array])
-    return Parameter(value.leaf, array, value.first_row)
+    return dataclasses.replace(value, array=array)
 
 
 def follow(equation: Equation, values: Sequence[Any]) -> Steps | None:

@@ -37,6 +37,8 @@ class Added:
 
     def rows(self, table: Parameter, at: "Positions") -> jax.Array:
         """The rows of a table and what is added to them."""
+        if table.is_spread:
+            return self._looked_up(table, at)
         array, ids = jaxprs.alike([table.array, at.ids])
         rows: jax.Array = fetched(array, ids, at.row_axes)
         of_part = table.first_row * math.prod(array.shape[1 : at.row_axes])
@@ -45,6 +47,17 @@ class Added:
             at.outside, -1, (ids + of_part).astype(ids.dtype)
         )
         rows = rows + _placed_as(rows, self._zeros[table.leaf])
+        flat: jax.Array = rows.reshape(-1, *rows.shape[ids.ndim :])
+        return flat
+
+    def _looked_up(self, table: Parameter, at: "Positions") -> jax.Array:
+        """Rows that are there already. The id of one without a gradient is `~id`."""
+        ids, rows = at.ids, self._zeros[table.leaf]
+        self._ids[table.leaf] = chosen(at.outside, ~ids, ids)
+        sharding = jax.typeof(ids).sharding
+        if not sharding.mesh.empty and jax.typeof(rows).sharding != sharding:
+            where = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec))
+            rows = jax.sharding.reshard(rows, where)
         flat: jax.Array = rows.reshape(-1, *rows.shape[ids.ndim :])
         return flat
 

@@ -82,12 +82,15 @@ class Parameter:
       array: the table; None while lookups are only being found.
       first_row: the row of the table with which this part begins.
       facts: what is known of it; None when the program runs.
+      is_spread: whether its rows have been looked up before the program runs, and are
+        what is added to them.
     """
 
     leaf: int
     array: Any = None
     first_row: Any = 0
     facts: Any = None
+    is_spread: bool = False
 
 
 _serial = itertools.count()

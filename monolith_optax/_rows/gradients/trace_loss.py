@@ -5,7 +5,9 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
+from monolith_optax._rows.gradients.asked_tables import Asked, read
 from monolith_optax._rows.programs import jaxprs
 
 
@@ -20,6 +22,7 @@ class Loss(NamedTuple):
       with_arrays: makes the auxiliary output of its arrays.
       from_numpy: whether arrays that are written in the program may be data, as there
         are NumPy arrays among the arguments.
+      asked: which leaves are to be tables.
     """
 
     program: jaxprs.Program
@@ -28,6 +31,7 @@ class Loss(NamedTuple):
     structure: Any
     with_arrays: Callable[[list[Any]], Any]
     from_numpy: bool
+    asked: Asked
 
     @property
     def types(self) -> list[Any]:
@@ -39,10 +43,14 @@ def trace_loss(
     fun: Callable[..., Any],
     argnums: int | Sequence[int],
     has_aux: bool,
+    tables: Any,
     args: Sequence[Any],
     kwargs: Any,
 ) -> Loss:
-    """Traces a function of its arguments with some numbers, for others as they are."""
+    """Traces a function of its arguments with some numbers, for others as they are.
+
+    To it, tables that are spread look like those that are not.
+    """
     which = [argnums] if isinstance(argnums, int) else list(argnums)
     if any(not -len(args) <= number < len(args) for number in which):
         raise ValueError(
@@ -52,6 +60,7 @@ def trace_loss(
     params = (
         args[which[0]] if isinstance(argnums, int) else tuple(args[i] for i in which)
     )
+    asked = read(tables, params)
     paths, structure = jax.tree.flatten_with_path(params)
     aux: list[Any] = []
     aux_structure: Any = None
@@ -70,7 +79,9 @@ def trace_loss(
         return [value, *arrays]
 
     leaves = [leaf for _, leaf in paths]
-    program, _ = jaxprs.trace(flat, *leaves)
+    program, _ = jaxprs.trace(
+        flat, *(_unsplit(x) if i in asked.spread else x for i, x in enumerate(leaves))
+    )
 
     def with_arrays(arrays: list[Any]) -> Any:
         rest = iter(arrays)
@@ -83,7 +94,14 @@ def trace_loss(
     arrays = list(filter(_is_numpy, jax.tree.leaves((rest, kwargs))))
     for array in arrays:
         _check_uncut(array, program)
-    return Loss(program, leaves, names, structure, with_arrays, bool(arrays))
+    return Loss(program, leaves, names, structure, with_arrays, bool(arrays), asked)
+
+
+def _unsplit(leaf: Any) -> Any:
+    """The type of a table without the axes over which it is spread."""
+    kind = jax.typeof(leaf)
+    whole = NamedSharding(kind.sharding.mesh, PartitionSpec(*[None] * kind.ndim))
+    return kind.update(sharding=whole)
 
 
 # Stands for an array of the auxiliary output.

@@ -15,6 +15,11 @@ from monolith_optax._rows.gradients.add_zeros import add
 from monolith_optax._rows.gradients.choose_tables import Choice, choose
 from monolith_optax._rows.gradients.lookup_tree import Found, for_each, lookups_of
 from monolith_optax._rows.gradients.row_images import Parameter
+from monolith_optax._rows.gradients.spread_rows import (
+    SpreadRows,
+    SpreadTable,
+    check_inside,
+)
 from monolith_optax._rows.gradients.trace_loss import Loss, trace_loss
 from monolith_optax._rows.programs import jaxprs
 from monolith_optax._rows.slices.row_slices import RowSlices
@@ -112,8 +117,13 @@ class ValueAndRowGrad(Generic[Params, Others, Result]):
         self._has_aux, self._max_dense_rows = has_aux, max_dense_rows
 
     def _chosen(self, args: Any, kwargs: Any) -> tuple[Loss, Choice]:
-        loss = trace_loss(self._fun, self._argnums, self._has_aux, args, kwargs)
-        return loss, choose(loss, self._tables, self._max_dense_rows)
+        loss = self._traced(args, kwargs)
+        return loss, choose(loss, self._max_dense_rows)
+
+    def _traced(self, args: Any, kwargs: Any) -> Loss:
+        return trace_loss(
+            self._fun, self._argnums, self._has_aux, self._tables, args, kwargs
+        )
 
     # The gradients are Any, as JAX's are: their tree is that of params, but no type can
     # say which of its leaves are slices.
@@ -139,10 +149,8 @@ class ValueAndRowGrad(Generic[Params, Others, Result]):
         Returns:
           A line for each leaf of params.
         """
-        loss = trace_loss(
-            self._fun, self._argnums, self._has_aux, (params, *args), kwargs
-        )
-        choice = choose(loss, self._tables, None)
+        loss = self._traced((params, *args), kwargs)
+        choice = choose(loss, None)
         places: dict[int, dict[str, None]] = {leaf: {} for leaf in choice.tables}
         for found in lookups_of(choice.tree):
             for leaf, _ in found.tables:
@@ -156,7 +164,7 @@ class ValueAndRowGrad(Generic[Params, Others, Result]):
 
 
 def _differentiate(loss: Loss, choice: Choice) -> tuple[tuple[Any, Any], list[Any]]:
-    types, tables = loss.types, choice.tables
+    types, tables, asked = loss.types, choice.tables, loss.asked.spread
 
     def zeros_of(found: Found) -> list[Any]:
         pairs = zip(found.tables, found.zeros_shapes(types), strict=True)
@@ -168,26 +176,50 @@ def _differentiate(loss: Loss, choice: Choice) -> tuple[tuple[Any, Any], list[An
 
     def run(dense: list[Any], zeros: Any) -> Any:
         operands = [
-            Parameter(index, leaf) if index in tables else dense[index]
+            Parameter(index, leaf, is_spread=index in asked)
+            if index in tables
+            else dense[index]
             for index, leaf in enumerate(loss.leaves)
         ]
         (value, *aux), ids = add(loss.program, operands, choice.tree, zeros)
         return value, (aux, ids)
 
     dense = [None if i in tables else leaf for i, leaf in enumerate(loss.leaves)]
-    grad = jax.value_and_grad(run, argnums=(0, 1), has_aux=True)
     zeros = for_each(choice.tree, zeros_of)
+    lookups = [(f, leaf) for f in lookups_of(choice.tree) for leaf, _ in f.tables]
+    spread = None
+    if asked:
+        check_inside(loss.program, choice.tree, asked.keys(), loss.names)
+        flat, structure = jax.tree.flatten(zeros)
+
+        def ids_of(rows: list[Any]) -> list[Any]:
+            _, (_, ids) = run(dense, jax.tree.unflatten(structure, rows))
+            return jax.tree.leaves(ids)
+
+        spread = SpreadRows(_spread_tables(loss, choice), lookups, ids_of, flat)
+        zeros = jax.tree.unflatten(structure, spread.rows)
+    grad = jax.value_and_grad(run, argnums=(0, 1), has_aux=True)
     (value, (aux, ids)), (gradients, rows) = grad(dense, zeros)
-    parts: dict[int, list[RowSlices]] = {leaf: [] for leaf in tables}
-    pairs = zip(*map(jax.tree.leaves, (ids, rows)), strict=True)
-    for found in lookups_of(choice.tree):
-        for leaf, _ in found.tables:
-            part = RowSlices(*next(pairs))
-            if found.has_gradient:
-                parts[leaf].append(part)
+    ids, rows = map(jax.tree.leaves, (ids, rows))
+    parts: dict[int, list[RowSlices]] = {leaf: [] for leaf in tables - asked.keys()}
+    for (found, leaf), *part in zip(lookups, ids, rows, strict=True):
+        if leaf in parts and found.has_gradient:
+            parts[leaf].append(RowSlices(*part))
     for leaf in tables:
-        gradients[leaf] = _total(parts[leaf], types[leaf], choice.row_axes[leaf])
+        if leaf in parts:
+            gradients[leaf] = _total(parts[leaf], types[leaf], choice.row_axes[leaf])
+        elif spread is not None:
+            gradients[leaf] = spread.slices(leaf, rows)
     return (value, aux), gradients
+
+
+def _spread_tables(loss: Loss, choice: Choice) -> dict[int, SpreadTable]:
+    tables = {}
+    for leaf, axis in loss.asked.spread.items():
+        array, count = loss.leaves[leaf], choice.row_axes[leaf]
+        spread = axis.spread(loss.names[leaf], array.shape, count)
+        tables[leaf] = SpreadTable(array, array.shape[:count], spread)
+    return tables
 
 
 def _total(parts: list[RowSlices], table: Any, row_axes: int) -> RowSlices:

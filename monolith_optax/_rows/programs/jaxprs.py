@@ -221,6 +221,15 @@ def branches(equation: Equation) -> list[Program]:
     return [closed(branch) for branch in equation.params["branches"]]
 
 
+def programs_of(equation: Equation) -> list[Program]:
+    """The programs that a call, a `cond` or a `scan` runs."""
+    name = equation.primitive.name
+    if name == "cond":
+        return branches(equation)
+    called = called_program(equation)
+    return [scan_parts(equation).body if called is None else called]
+
+
 class Scan(NamedTuple):
     """The body of a `scan`, whose operands are constants, carry, and slices."""
 

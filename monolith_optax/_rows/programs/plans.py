@@ -15,7 +15,7 @@ from monolith_optax._rows.programs.jaxprs import (
     type_of,
 )
 from monolith_optax._rows.programs.primitives import ELEMENTWISE
-from monolith_optax._shardings import without_row_axes
+from monolith_optax._shardings import with_row_axis
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,16 @@ class Plan:
     sizes: Callable[[int], dict[str, Any]] = lambda _: {}
     row_axes: int = 1
 
-    def apply(self, num_rows: int, operands: Sequence[Any]) -> list[Any]:
-        """The rows of the results, for as many rows of the operands."""
-        # Shardings in a program are those of whole tables, rows of a batch have none.
+    def apply(
+        self, num_rows: int, operands: Sequence[Any], split: Any = None
+    ) -> list[Any]:
+        """The rows of the results, for as many rows of the operands.
+
+        `split` are the mesh axes over which these are split.
+        """
+        # Shardings in a program are those of whole tables.
         shardings = {
-            name: without_row_axes(sharding, self.row_axes)
+            name: with_row_axis(sharding, self.row_axes, split)
             for name, sharding in self._shardings().items()
         }
         operands = alike(self._fitting(operands))

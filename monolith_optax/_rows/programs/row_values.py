@@ -143,7 +143,7 @@ class Made(Later):
             self._draw(table)
         plan = self._plan(table)
         if plan and table:
-            return plan.apply(table.batch_size, operands)[self.index]
+            return plan.apply(table.batch_size, operands, table.split)[self.index]
         return Whole(jaxprs.bind(self.equation, operands)[self.index]).at(table)
 
     def _plan(self, table: Table | None) -> row_rules.Plan | None:

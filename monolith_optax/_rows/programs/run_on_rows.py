@@ -108,7 +108,7 @@ class Runner:
                 value.at(table if row else None)
                 for row, value in zip(plan.by_row, operands, strict=True)
             ]
-            results = plan.apply(table.batch_size, arrays)
+            results = plan.apply(table.batch_size, arrays, table.split)
             after = known_constants.after(equation, known, plan.evaluate)
             return [
                 Rows(array, table, constant)

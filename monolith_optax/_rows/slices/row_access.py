@@ -57,6 +57,11 @@ class Table:
         return self.ids.shape[0]
 
     @property
+    def split(self) -> tuple[str, ...] | None:
+        """The mesh axes over which the positions are split."""
+        return None if self.placement is None else self.placement.spread.axes
+
+    @property
     def valid(self) -> jax.Array:
         """Which positions have a row of the table."""
         return ~is_beyond(self.ids)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from compiled_programs import collectives, copies
+from compiled_programs import copies, sent
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
@@ -123,7 +123,11 @@ def test_no_collective_carries_more_than_a_share_and_no_table_is_copied(devices)
     compiled = programs(devices).lower(table, ids, gradients).compile()
     assert copies(compiled, (NUM_ROWS // devices, DIM)) == []
     places = devices * exchange.capacity(SHARE, devices)
-    assert max(size for _, size in collectives(compiled)) <= places * DIM * 8
+    found = sent(compiled)
+    assert sorted(found["all-to-all"]) == [4 * places] * 2 + [4 * places * DIM] * 2
+    assert max(found["collective-permute"]) <= 4 * places * DIM
+    assert max(found["all-reduce"]) <= 4
+    assert found.keys() == {"all-to-all", "all-reduce", "collective-permute"}
 
 
 @pytest.mark.parametrize("batch", [1, 256, 8192])

@@ -1,0 +1,399 @@
+"""Tables that are spread over devices: value, gradients and steps of one device."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from compiled_programs import sent
+from jax import lax
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from law import densified
+
+from monolith_optax import (
+    TableStack,
+    adamom,
+    embedding,
+    lazy_rows,
+    value_and_row_grad,
+)
+
+NUM_ROWS, DIM, BATCH, BAG = 1040, 3, 96, 4
+ONE_AXIS = (8,), ("x",), P("x"), P("x")
+MESHES = {
+    "auto": (*ONE_AXIS, AxisType.Auto),
+    "explicit": (*ONE_AXIS, AxisType.Explicit),
+    "two": ((2,), *ONE_AXIS[1:], AxisType.Auto),
+    "four": ((4,), *ONE_AXIS[1:], AxisType.Auto),
+    "replicas": ((2, 4), ("d", "t"), P("t"), P(("d", "t")), AxisType.Auto),
+}
+SLOW = "explicit", "two", "four"
+
+
+@pytest.fixture(autouse=True)
+def float64():
+    with jax.enable_x64(True):
+        yield
+
+
+def batches():
+    """Ids of users, bags of items; and whether those of all devices fit."""
+    rng = np.random.default_rng(0)
+    even = rng.integers(0, NUM_ROWS, (BATCH, BAG))
+    block = NUM_ROWS // 8
+    return {
+        "even": (even, True),
+        "one_owner": (
+            rng.permuted(np.tile(np.arange(block), (BATCH, 1)), axis=1)[:, :BAG]
+            + block,
+            False,
+        ),
+        "one_id": (np.full((BATCH, BAG), 7), True),
+        "repeated": (even[:1].repeat(BATCH, 0), True),
+        "negative": (-1 - even, True),
+        "out_of_range": (even * 3 - NUM_ROWS, True),
+        "zipf": (rng.zipf(1.2, (BATCH, BAG)) * 7919 % NUM_ROWS, True),
+    }
+
+
+def parameters():
+    rng = np.random.default_rng(1)
+    shapes = {"items": (NUM_ROWS, DIM), "users": (NUM_ROWS, DIM), "weight": (DIM,)}
+    return {name: rng.normal(size=shape) for name, shape in shapes.items()}
+
+
+def take(table, ids, **options):
+    """Explicit axes want to know where rows of split ids go, as for any table."""
+    sharding = jax.typeof(ids).sharding
+    if AxisType.Explicit not in sharding.mesh.axis_types:
+        return table.at[ids].get(**options)
+    where = NamedSharding(sharding.mesh, P(*sharding.spec, None))
+    return table.at[ids].get(**options, out_sharding=where)
+
+
+def loss(params, bags):
+    items = take(params["items"], bags, mode="clip").sum(1)
+    users = take(params["users"], bags[:, 0])
+    users += take(params["users"], bags[:, 1], mode="fill", fill_value=0)
+    return jnp.mean(jnp.tanh((items * users) @ params["weight"]) ** 2)
+
+
+def on_mesh(name, *trees):
+    """What to say in tables, and params, slots and batches on the mesh."""
+    sizes, names, rows, batch, kind = MESHES[name]
+    devices = jax.devices()[: int(np.prod(sizes))]
+    axis_types = (kind,) * len(sizes)
+    mesh = jax.make_mesh(sizes, names, axis_types=axis_types, devices=devices)
+
+    def place(x):
+        spec = rows if np.ndim(x) and len(x) == NUM_ROWS else P()
+        spec = batch if np.shape(x)[:1] == (BATCH,) else spec
+        return jax.device_put(x, NamedSharding(mesh, spec))
+
+    tables = {"items": rows, "users": rows, "weight": False}
+    return mesh, tables, *jax.tree.map(place, trees)
+
+
+def fits(gradients):
+    return not bool(jnp.any(gradients["items"].placement.spilled))
+
+
+def check(loss, kind, mesh_name="auto", argument=None):
+    """Value and gradients, and the way that they took."""
+    params = jax.tree.map(jnp.asarray, parameters())
+    bags, expected_fit = batches()[kind]
+    bags = bags.astype("int32")
+    expected = jax.value_and_grad(loss)(params, jnp.asarray(bags))
+    mesh, tables, placed, ids = on_mesh(mesh_name, params, bags)
+    with jax.set_mesh(mesh):
+        grad = jax.jit(value_and_row_grad(loss, argument or tables))
+        value, gradients = grad(placed, ids)
+    assert fits(gradients) is expected_fit
+    actual = jax.device_get((value, densified(gradients, params)))
+    chex.assert_trees_all_close(actual, expected, rtol=1e-10, atol=1e-14)
+    return gradients
+
+
+@pytest.mark.parametrize("kind", batches())
+def test_value_and_gradients(kind):
+    check(loss, kind)
+
+
+@pytest.mark.parametrize("kind", ["even", "one_owner"])
+@pytest.mark.parametrize(
+    "mesh", ["replicas", *(pytest.param(m, marks=pytest.mark.slow) for m in SLOW)]
+)
+def test_meshes(mesh, kind):
+    check(loss, kind, mesh)
+
+
+def in_scan(params, bags):
+    def one(total, bag):
+        return total + loss(params, bag), None
+
+    return lax.scan(one, 0.0, bags.reshape(4, -1, BAG))[0]
+
+
+def in_vmap(params, bags):
+    return jax.vmap(lambda bag: loss(params, bag[None]))(bags).sum()
+
+
+def in_cond(params, bags):
+    return lax.cond(
+        bags.sum() > 0,
+        lambda: loss(params, bags),
+        lambda: 2 * loss(params, bags[:, ::-1]),
+    )
+
+
+def by_rows_that_were_looked_up(params, bags):
+    """The users' rows choose among the items, and these among the users."""
+    users = jnp.take(params["users"], bags, axis=0, mode="clip")
+    items = params["items"][bags + jnp.argmax(users, -1).astype(bags.dtype)]
+    again = params["users"][jnp.argmax(items, -1) * 300]
+    return jnp.sum(jnp.tanh((items * again) @ params["weight"]) ** 2)
+
+
+def normalised(params, bags):
+    """What is done to a table before it is looked up is done to its rows."""
+    norms = jnp.linalg.norm(params["items"], axis=1, keepdims=True)
+    items = jnp.take(params["items"] / norms, bags, axis=0, fill_value=0)
+    users = lax.stop_gradient(params["users"])[bags]
+    return jnp.sum(jnp.tanh((items * users) @ params["weight"]) ** 2)
+
+
+CONSTRUCTS = [
+    jax.checkpoint(loss),
+    in_scan,
+    in_vmap,
+    in_cond,
+    by_rows_that_were_looked_up,
+    normalised,
+]
+
+
+@pytest.mark.parametrize("kind", ["out_of_range", "one_owner"])
+@pytest.mark.parametrize("inside", CONSTRUCTS)
+def test_constructs(inside, kind):
+    check(inside, kind)
+
+
+def test_lookups_share_one_exchange():
+    """Four lookups in two tables, of which only the last needs rows."""
+    _, tables, params, ids = on_mesh(
+        "auto", parameters(), np.zeros((BATCH, BAG), "int32")
+    )
+
+    def exchanges(loss):
+        step = jax.jit(value_and_row_grad(loss, tables))
+        return len(sent(step.lower(params, ids).compile())["all-to-all"])
+
+    # Ids go and rows come back, and ids and sums go, for each of two tables.
+    assert exchanges(loss) == 8
+    assert exchanges(by_rows_that_were_looked_up) == 12
+
+
+OPTIMIZERS = {
+    "adagrad": lambda: embedding.adagrad(0.1),
+    "rowwise_adagrad": lambda: embedding.rowwise_adagrad(0.1),
+    "adamom": lambda: optax.chain(optax.clip_by_global_norm(0.01), adamom(0.1)),
+    "adam": lambda: optax.chain(optax.clip_by_global_norm(0.01), optax.adam(0.1)),
+    "adamw": lambda: optax.adamw(
+        0.1, mask=lambda params: {name: name != "users" for name in params}
+    ),
+}
+
+
+def steps(tx, tables, on):
+    """From the state of one device, a step for each kind of batch both ways."""
+    plain = value_and_row_grad(loss, {"items": True, "users": True, "weight": False})
+    spread = value_and_row_grad(loss, tables)
+
+    def step(grad, params, state, bags):
+        value, gradients = grad(params, bags)
+        updates, state = tx.update(gradients, state, params)
+        return (optax.apply_updates(params, updates), state, value), gradients
+
+    one, many = (jax.jit(functools.partial(step, grad)) for grad in (plain, spread))
+    params = jax.tree.map(jnp.asarray, parameters())
+    state = tx.init(params)
+    for kind, (bags, expected_fit) in batches().items():
+        bags = bags.astype("int32")
+        actual, gradients = many(*on(params, state, bags))
+        (params, state, value), _ = one(params, state, jnp.asarray(bags))
+        yield kind, expected_fit, gradients, actual, (params, state, value)
+
+
+@pytest.mark.parametrize(
+    ("name", "mesh"),
+    [
+        pytest.param(name, mesh, marks=[] if quick else pytest.mark.slow)
+        for name in OPTIMIZERS
+        for mesh in ("two", "four", "auto", "explicit", "replicas")
+        for quick in [(name, mesh) in (("rowwise_adagrad", "auto"), ("adam", "auto"))]
+    ],
+)
+def test_steps_are_those_of_one_device(name, mesh):
+    tx = lazy_rows(OPTIMIZERS[name]())
+    context, tables = on_mesh(mesh)
+    with jax.set_mesh(context), jax.numpy_dtype_promotion("standard"):
+        on = lambda *trees: on_mesh(mesh, *trees)[2:]  # noqa: E731
+        for kind, expected_fit, gradients, actual, expected in steps(tx, tables, on):
+            assert fits(gradients) is (expected_fit or mesh == "two"), kind
+            chex.assert_trees_all_close(
+                *map(jax.device_get, (actual, expected)), rtol=1e-9, atol=1e-12
+            )
+
+
+def in_while(params, bags):
+    def step(carry):
+        i, total = carry
+        row = lax.stop_gradient(params["items"])[bags[i, 0]]
+        return i + 1, total + row.sum()
+
+    most = bags.max() % 8
+    start = jnp.int32(0), jnp.zeros(())
+    return lax.while_loop(lambda c: c[0] < most, step, start)[1] + loss(params, bags)
+
+
+def chained(params, bags):
+    def step(row, bag):
+        found = params["items"][jnp.argmax(row).astype(bag.dtype) + bag]
+        return found.sum(0), found.sum()
+
+    return lax.scan(step, jnp.zeros(DIM), bags)[1].sum()
+
+
+def in_shard_map(params, bags):
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
+
+    def local(table, bags):
+        return lax.psum(table[bags].sum(), "x")
+
+    specs = P(), P("x")
+    run = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P())
+    return run(params["items"], bags)
+
+
+@pytest.mark.parametrize(
+    ("loss", "match"),
+    [
+        (in_while, "items over devices, but it is looked up by .* not known before"),
+        (chained, "the ids of .* depend on rows that the same loop has looked up"),
+        (in_shard_map, "items over devices, .* inside a jax.shard_map"),
+    ],
+)
+def test_what_cannot_be_looked_up_before_is_refused(loss, match):
+    params, (bags, _) = parameters(), batches()["even"]
+    _, _, params, ids = on_mesh("auto", params, bags.astype("int32"))
+    grad = jax.jit(value_and_row_grad(loss, {**NONE, "items": P("x")}))
+    with pytest.raises(ValueError, match=match):
+        grad(params, ids)
+
+
+NONE = {"items": None, "users": None, "weight": None}
+
+
+@pytest.mark.parametrize(
+    ("spec", "match"),
+    [
+        ("x", "tables says 'x' for items, but it must be True, False, None, a Part"),
+        (P("z"), r"axes of its mesh are \('x',\), without 'z'"),
+        (P(None, "x"), "only rows can be spread"),
+        (P("x", "x"), "only rows can be spread"),
+    ],
+)
+def test_values_of_tables(spec, match):
+    _, _, params, ids = on_mesh("auto", parameters(), batches()["even"][0])
+    with pytest.raises(ValueError, match=match):
+        value_and_row_grad(loss, {**NONE, "items": spec})(params, ids)
+
+
+def test_a_spec_without_a_mesh_for_a_scalar_or_inside_shard_map():
+    params, ids = jax.tree.map(jnp.asarray, (parameters(), batches()["even"][0]))
+    grad = value_and_row_grad(loss, {**NONE, "items": P("x")})
+    with pytest.raises(ValueError, match="it is on no mesh: put it on one with"):
+        grad(params, ids)
+    with pytest.raises(ValueError, match="s, but a scalar has no rows"):
+        value_and_row_grad(lambda p: p["s"], {"s": P("x")})({"s": 1.0})
+    mesh, _, params, ids = on_mesh("auto", params, ids)
+    local = jax.shard_map(grad, mesh=mesh, in_specs=(P(), P("x")), out_specs=P())
+    with pytest.raises(ValueError, match=r"items inside jax.shard_map.*jax.jit"):
+        local(params, ids)
+
+
+def test_a_spec_against_the_type():
+    mesh, _, params, ids = on_mesh("explicit", parameters(), batches()["even"][0])
+    whole = jax.device_put(params["items"], NamedSharding(mesh, P()))
+    grad = value_and_row_grad(loss, {**NONE, "items": P("x")})
+    with jax.set_mesh(mesh), pytest.raises(ValueError, match="but its type says"):
+        grad(params | {"items": whole}, ids)
+
+
+def test_rows_that_cannot_be_divided():
+    _, tables, params, ids = on_mesh("auto", parameters(), batches()["even"][0])
+    params["items"] = jnp.zeros((NUM_ROWS + 3, DIM))
+    mesh = params["users"].sharding.mesh
+    tables["items"] = NamedSharding(mesh, P("x"))
+    with pytest.raises(ValueError, match=r"1043 rows, .* make it 1048"):
+        jax.jit(value_and_row_grad(loss, tables))(params, ids)
+
+
+@pytest.mark.parametrize("none", [P(), None, True])
+def test_replicated_rows_beside_spread_ones(none):
+    gradients = check(loss, "even", argument={**NONE, "items": P("x"), "users": none})
+    assert gradients["users"].placement is None
+
+
+def test_a_table_that_is_not_used_has_a_gradient_of_no_rows():
+    _, tables, params, ids = on_mesh("auto", parameters(), batches()["even"][0])
+    grad = value_and_row_grad(lambda p, ids: p["users"][ids].sum(), tables)
+    _, gradients = jax.jit(grad)(params, ids)
+    assert np.all(np.asarray(gradients["items"].ids) == -1)
+    assert not np.any(gradients["items"].to_dense(NUM_ROWS))
+
+
+def stacked(kind):
+    """The tables of a stack, each of them with a share on every device."""
+    rng = np.random.default_rng(2)
+    tables = {f"t{i}": rng.normal(size=(1000 + 8 * i, DIM)) for i in range(3)}
+    stack = TableStack(tables, shards=8)
+    (bags, fit), spec = batches()[kind], {"float64_3": P("x")}
+
+    def loss(stacks, bags):
+        found = stack.unpack(stacks)
+        rows = [found[name][bags[:, i]] for i, name in enumerate(found)]
+        return jnp.mean(jnp.tanh(sum(rows)).sum(1) ** 2)
+
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
+    stacks = jax.tree.map(jnp.asarray, stack.pack(tables))
+    bags = jnp.asarray(bags, "int32")
+    placed = jax.device_put((stacks, bags), NamedSharding(mesh, P("x")))
+    return loss, spec, (stacks, bags), placed, fit
+
+
+@pytest.mark.parametrize("kind", ["even", "negative", "out_of_range"])
+def test_stacks(kind):
+    loss, spec, (stacks, bags), placed, fit = stacked(kind)
+    tx = lazy_rows(embedding.adagrad(0.1))
+
+    def step(grad, stacks, bags):
+        value, gradients = grad(stacks, bags)
+        updates, state = tx.update(gradients, tx.init(stacks), stacks)
+        return value, optax.apply_updates(stacks, updates), state
+
+    plain, grad = value_and_row_grad(loss), value_and_row_grad(loss, spec)
+    assert grad.explain(*placed).startswith("float64_3: rows")
+    expected = step(plain, stacks, bags)
+    many = jax.jit(functools.partial(step, grad))
+    chex.assert_trees_all_close(
+        *map(jax.device_get, (many(*placed), expected)), rtol=1e-11, atol=1e-13
+    )
+    spilled = jax.jit(grad)(*placed)[1]["float64_3"].placement.spilled
+    assert bool(spilled) is not fit
+    found = sent(many.lower(*placed).compile())
+    assert len(found["all-to-all"]) == 4
