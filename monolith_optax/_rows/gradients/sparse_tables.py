@@ -54,8 +54,8 @@ def sparse_tables(
       {'item': True, 'weekday': False}
       >>> grad = value_and_row_grad(loss, tables)
     """
-    loss = trace_loss(fun, 0, has_aux, (params, *args), kwargs)
-    choice = choose(loss, None, None)
+    loss = trace_loss(fun, 0, has_aux, None, (params, *args), kwargs)
+    choice = choose(loss, None)
     ids = dict.fromkeys(choice.tables, 0)
     for found in lookups_of(choice.tree):
         for leaf, _ in found.tables:

@@ -67,7 +67,10 @@ def value_and_row_grad(
         such as `table[10:20]`, if they are at most half of them. A leaf
         whose rows are taken only by constants, such as `layers[0]`, is not a table. The
         number of ids does not matter. In the slices of a stack of tables, ids count
-        through all of its rows.
+        through all of its rows. A leaf for which it says None is treated so too. A
+        `PartitionSpec` or a `NamedSharding` in place of True says that the rows are
+        spread over mesh axes, such as `PartitionSpec("x")`: devices then exchange only
+        the ids and rows that they need, and steps happen where the rows are.
       argnums: which argument params are, or which ones: then params are a tuple of
         them, and so are the gradients. By default the first, as in `jax.grad`.
       has_aux: whether the function returns a pair, whose second part is passed on.
