@@ -15,6 +15,7 @@ from all_rows import (
     train_all_rows,
     train_cached,
 )
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from registry import VARIANTS
 
 from monolith_optax import RowCache, embedding, lazy_rows, uniform_rows
@@ -256,8 +257,27 @@ def test_bad_batches():
 
 
 def test_tables_that_are_divided_over_devices_are_refused():
-    mesh = jax.make_mesh((8,), ("x",))
-    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
+    sharding = NamedSharding(jax.make_mesh((8,), ("x",)), PartitionSpec("x"))
     table = jax.device_put(jnp.zeros((8, 2)), sharding)
     with pytest.raises(ValueError, match="is divided over several devices"):
         RowCache(embedding.sgd(0.1), table, "x")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_tables_that_each_device_has_all_of(kind, tmp_path):
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(kind,))
+    with jax.set_mesh(mesh):
+        everywhere = NamedSharding(mesh, PartitionSpec())
+        tx = lazy_rows(embedding.adagrad(0.1))
+        start = {"a": jnp.zeros((6, 2))}
+        params, state = jax.device_put((start, tx.init(start)), everywhere)
+        cache = RowCache(tx, params, "x", init=uniform_rows(1.0))
+        for batch in [1, 2, 3], [4, 5, 6], [1, 2, 3]:
+            rows, moves = cache.assign({"x": batch})
+            params, state = cache.move(params, state, moves)
+        found = np.asarray(params["a"])[rows["x"]]
+        np.testing.assert_array_equal(found, uniform_rows(1.0)([1, 2, 3], (2,)))
+        cache.save(tmp_path, params, state)
+        restored, _ = RowCache(tx, params, "x").restore(tmp_path, params, state)
+        assert restored["a"].sharding.is_fully_replicated
