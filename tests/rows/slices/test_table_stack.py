@@ -127,7 +127,7 @@ def looked_up(tables, ids):
     )
 
 
-@pytest.mark.parametrize("shards", [1])
+@pytest.mark.parametrize("shards", SHARDS)
 @pytest.mark.parametrize("jit", [False, True])
 def test_lookups_in_its_tables_are_lookups_in_its_arrays(shards, jit):
     stack = TableStack(tables(), shards)
