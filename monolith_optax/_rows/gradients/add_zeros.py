@@ -93,13 +93,13 @@ class Run:
         self, equation: Equation, operands: list[Any], node: Node, zeros: Each
     ) -> tuple[list[Any], Each]:
         operands, taken = self._taken(equation.invars, operands, node, zeros)
-        if node.steps:
-            images = follow_rows.images(equation, operands, node.steps)
-            return images, NO_IDS._replace(taken=taken)
         operands = [
             value if i in node.images else self.scope.whole(value)
             for i, value in enumerate(operands)
         ]
+        if node.steps:
+            images = follow_rows.images(equation, operands, node.steps)
+            return images, NO_IDS._replace(taken=taken)
         if not node.lookups and not node.programs:
             arrays = list(map(self.scope.whole, operands))
             return jaxprs.bind(equation, arrays), NO_IDS._replace(taken=taken)

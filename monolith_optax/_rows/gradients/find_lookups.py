@@ -145,7 +145,7 @@ class Finder:
         else:
             steps = follow_rows.made(equation, self._num_rows)
         if steps:
-            tree[index] = Node(steps=steps)
+            tree[index] = Node(steps=steps, images=_images(operands))
             return follow_rows.images(equation, operands, steps)
         if not tables:
             return self._without_tables(equation, operands)
@@ -184,7 +184,7 @@ class Finder:
             if steps:
                 taken = self._each_otherwise(equation, operands, others, reasons)
                 results = follow_rows.images(equation, operands, steps)
-                return results, Node(taken, steps=steps)
+                return results, Node(taken, steps=steps, images=_images(operands))
         taken = self._each_otherwise(equation, operands, reasons, reasons)
         return [True] * len(equation.outvars), Node(taken)
 
@@ -291,7 +291,11 @@ class Finder:
             what = f"is computed with before the stacked lookup by {place}"
             self.refuse([table], what)
             return None
+        more = lookup.row_axes < row_axes
         lookup = dataclasses.replace(lookup, row_axes=row_axes)
+        if more and self._takes_most(lookup, facts):
+            self.refuse([table], f"has most of its rows taken for each id by {place}")
+            return None
         if by_data:
             self.by_data |= facts.leaves
         else:
@@ -301,6 +305,15 @@ class Finder:
             lookup, table, atom, row_axes, lookup.ids_shape, varying, place
         )
         return found._replace(has_gradient=active and not facts.detached)
+
+    def _takes_most(self, lookup: Lookup, facts: Facts) -> bool:
+        """Whether each id takes more than half of the rows of a table."""
+        columns, taken = len(lookup.shape) - lookup.row_axes, math.prod(lookup.windows)
+        return any(
+            2 * taken
+            > math.prod(self._types[each.leaf].shape[: each.rows_with(columns)])
+            for each in facts.sources
+        )
 
     def _row_axes(self, image: Any, axes: int, least: int) -> int | None:
         """How many of an image's axes are rows, at least so many, if it can be."""
@@ -368,6 +381,10 @@ class Finder:
     def restore(self, notes: Any) -> None:
         """Forgets what has been noted since."""
         vars(self).update(notes)
+
+
+def _images(operands: Sequence[Any]) -> frozenset[int]:
+    return frozenset(i for i, value in enumerate(operands) if is_image(value))
 
 
 _NOTES = ("refused", "row_axes", "more_row_axes", "by_data", "constants", "all_rows")

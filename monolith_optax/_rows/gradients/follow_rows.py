@@ -16,6 +16,7 @@ from monolith_optax._rows.gradients import as_gather, row_maps
 from monolith_optax._rows.gradients.linear_rules import check_rule
 from monolith_optax._rows.gradients.positions import Positions
 from monolith_optax._rows.gradients.row_images import (
+    VARYING,
     Facts,
     Image,
     Known,
@@ -113,8 +114,7 @@ def _is_random(equation: Equation) -> bool:
     return bool(equation.primitive.name == "random_bits")
 
 
-_VARYING = ("pvary", "pcast")
-_PLACEMENTS = ("sharding_constraint", "reshard", "mesh_cast", *_VARYING)
+_PLACEMENTS = ("sharding_constraint", "reshard", "mesh_cast", *VARYING)
 
 
 def _way(equation: Equation, values: Sequence[Any]) -> Way | None:
@@ -238,7 +238,7 @@ class Planned:
             else at.scope.whole(value)
             for needed, value in zip(self.plan.by_row, image.operands, strict=True)
         ]
-        if name in _VARYING:
+        if name in VARYING:
             return arrays[0]  # rows vary as their ids do already
         return self.plan.apply(at.count, arrays)[image.index]
 

@@ -117,6 +117,9 @@ class Image:
     serial: int = field(default_factory=lambda: next(_serial))
 
 
+VARYING = ("pvary", "pcast")  # these change types only
+
+
 class Known:
     """A number that is written in a program, or computed from such numbers."""
 
@@ -127,6 +130,8 @@ class Known:
         """The number."""
         if self._equation is None:
             return int(self._operands[0])
+        if self._equation.primitive.name in VARYING:
+            return int(self._operands[0].value())
         with jax.ensure_compile_time_eval():
             operands = [
                 np.asarray(v.value(), t.dtype)

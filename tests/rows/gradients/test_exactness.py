@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from law import check, normal
+from law import check, normal, rows_of
 
 from monolith_optax import value_and_row_grad
 
@@ -138,3 +138,27 @@ def test_low_rank_tables_need_no_name():
 
     params = {"a": normal(N, 2), "b": normal(2, D, seed=1)}
     check(loss, params, IDS, rows={"a"})
+
+
+SQUARE = {
+    "transposed": lambda t: t.T,
+    "product": lambda t: t @ t,
+    "with itself": lambda t: t * t.T,
+    "columns": lambda t: t * t[0][:, None],
+    "rows": lambda t: t * t[0][None],
+    "sums of columns": lambda t: t - t.sum(0, keepdims=True),
+    "reversed columns": lambda t: t[:, ::-1],
+    "broadcast": lambda t: jnp.broadcast_to(t.sum(1), (D, D)),
+}
+
+
+@pytest.mark.parametrize("name", SQUARE)
+def test_axes_of_square_tables_are_told_apart(name):
+    def loss(params, ids):
+        return head(SQUARE[name](params["t"])[ids])
+
+    params, ids = {"t": normal(D, D)}, jnp.array([0, 2, 2])
+    _, gradients = value_and_row_grad(loss)(params, ids)
+    check(loss, params, ids, rows=rows_of(gradients))
+    by_row = {"reversed columns", "rows", "columns"}
+    assert (rows_of(gradients) == {"t"}) == (name in by_row)
