@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -93,7 +94,10 @@ def _by_role(config: Any) -> dict[str, list[str]]:
     roles: dict[str, dict[int, str]] = {}
     for key in ("cluster", "sparseCluster"):
         for role, tasks in config.get(key, {}).items():
-            roles.setdefault(role, {}).update(_by_task(tasks))
+            known = roles.setdefault(role, {})
+            for number, address in _by_task(tasks).items():
+                if known.setdefault(number, address) != address:
+                    raise ValueError(f"{role} {number} has two addresses")
     if not ("cluster" in config or "sparseCluster" in config):
         raise KeyError("cluster")
     return {
@@ -105,6 +109,10 @@ def _by_role(config: Any) -> dict[str, list[str]]:
 def _by_task(tasks: Any) -> dict[int, str]:
     if isinstance(tasks, list):
         tasks = dict(enumerate(tasks))
+    else:
+        if not all(re.fullmatch("0|[1-9][0-9]{0,9}", number) for number in tasks):
+            raise ValueError(tasks)
+        tasks = {int(number): address for number, address in tasks.items()}
     if not all(isinstance(address, str) for address in tasks.values()):
         raise TypeError(tasks)
-    return {int(number): address for number, address in tasks.items()}
+    return dict(tasks)

@@ -139,7 +139,9 @@ def test_tf_config_with_numbered_tasks(config, addresses):
     "text",
     ["", "{", "[]", "{}", '{"cluster": []}', '{"cluster": {"ps": "a:1"}}',
      '{"cluster": {"ps": [1]}}', '{"cluster": {"ps": {"0": 1}}}', '{"cluster": null}',
-     '{"cluster": {"ps": {"first": "a:1"}}}', '{"sparseCluster": []}'],
+     '{"cluster": {"ps": {"first": "a:1"}}}', '{"cluster": {"ps": {"01": "a:1"}}}',
+     '{"cluster": {"ps": ["a:1"]}, "sparseCluster": {"ps": {"0": "b:1"}}}',
+     '{"sparseCluster": []}'],
 )  # fmt: skip
 def test_tf_config_that_is_none(text):
     with pytest.raises(ValueError, match="TF_CONFIG must be JSON"):

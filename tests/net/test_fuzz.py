@@ -66,8 +66,13 @@ def check_cluster(text):
         addresses = tf_config_addresses(text)
     except ValueError:
         return
-    roles = json.loads(text)["cluster"].values()
-    assert addresses == [address for role in roles for address in role]
+    config = json.loads(text)
+    tasks = {}  # of each role, in the order of their numbers
+    for key in "cluster", "sparseCluster":
+        for role, listed in config.get(key, {}).items():
+            numbered = enumerate(listed) if isinstance(listed, list) else listed.items()
+            tasks.setdefault(role, {}).update((int(n), x) for n, x in numbered)
+    assert addresses == [t[n] for t in tasks.values() for n in sorted(t)]
     assert all(type(address) is str for address in addresses)
 
 
