@@ -31,7 +31,7 @@ class SpreadTable(NamedTuple):
 
 
 class _Exchange(NamedTuple):
-    """One exchange: of which table, for which lookups, with which ids and route."""
+    """One exchange: its table, lookups, ids and route."""
 
     leaf: int
     lookups: list[int]
