@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from compiled_programs import sent
+from compiled_programs import copies, sent
 from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -16,11 +16,13 @@ from law import densified
 
 from monolith_optax import (
     TableStack,
+    accumulate,
     adamom,
     embedding,
     lazy_rows,
     value_and_row_grad,
 )
+from monolith_optax._rows.slices.exchange import capacity
 
 NUM_ROWS, DIM, BATCH, BAG = 1040, 3, 96, 4
 ONE_AXIS = (8,), ("x",), P("x"), P("x")
@@ -397,3 +399,93 @@ def test_stacks(kind):
     assert bool(spilled) is not fit
     found = sent(many.lower(*placed).compile())
     assert len(found["all-to-all"]) == 4
+
+
+def compiled_step(devices):
+    """A donated step with clipping; each device has 5,000 rows and 64 bags."""
+    tx = lazy_rows(optax.chain(optax.clip_by_global_norm(1.0), embedding.adagrad(0.1)))
+    mesh = jax.make_mesh(
+        (devices,),
+        ("x",),
+        axis_types=(AxisType.Auto,),
+        devices=jax.devices()[:devices],
+    )
+
+    def typed(shape, dtype, spec):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+
+    def loss(params, bags):
+        return jnp.mean(jnp.tanh(params["items"][bags].sum(1)) ** 2)
+
+    def step(carry, bags):
+        params, state = carry
+        value, gradients = value_and_row_grad(loss, {"items": P("x")})(params, bags)
+        updates, state = tx.update(gradients, state, params)
+        return (optax.apply_updates(params, updates), state), value
+
+    params = {"items": typed((5000 * devices, 32), "float32", P("x"))}
+    state = jax.tree.map(
+        lambda x: typed(x.shape, x.dtype, P("x") if x.shape else P()),
+        jax.eval_shape(tx.init, params),
+    )
+    bags = typed((64 * devices, BAG), "int32", P("x"))
+    return jax.jit(step, donate_argnums=0).lower((params, state), bags).compile()
+
+
+def test_a_step_needs_the_share_of_a_device():
+    two, eight = map(compiled_step, (2, 8))
+    for compiled in (two, eight):
+        assert copies(compiled, (5000, 32)) == []
+        # Nothing but loss and norm is summed over devices, and nothing is gathered.
+        assert sent(compiled).keys() == {
+            "all-to-all",
+            "all-reduce",
+            "collective-permute",
+        }
+        assert max(sent(compiled)["all-reduce"]) <= 16
+    bytes_sent = [sum(sent(compiled)["all-to-all"]) for compiled in (two, eight)]
+    needed = [each.memory_analysis().temp_size_in_bytes for each in (two, eight)]
+    assert bytes_sent[1] < 1.7 * bytes_sent[0]
+    assert needed[1] < 1.7 * needed[0]
+    places = 8 * capacity(64 * BAG, 8)
+    # Ids, and a row of 32 numbers for each, there and back.
+    assert bytes_sent[1] == 2 * places * 4 * (1 + 32)
+
+
+def test_transformations_around_the_gradient():
+    _, tables, params, ids = on_mesh("auto", parameters(), batches()["even"][0])
+    grad = value_and_row_grad(loss, tables)
+    _, expected = value_and_row_grad(loss)(params, ids)
+    _, reversed_ids = grad(params, ids[:, ::-1])
+
+    def dense(gradients):
+        return gradients["items"].to_dense(NUM_ROWS)
+
+    total = dense(expected)
+    stacked = jax.vmap(lambda ids: grad(params, ids)[1])(jnp.stack([ids, ids[:, ::-1]]))
+    results = {
+        "vmap": (dense(stacked), total + dense(reversed_ids)),
+        "accumulate": (dense(accumulate(grad, 2)(params, ids)[1]), total),
+        "checkpoint": (dense(jax.checkpoint(grad)(params, ids)[1]), total),
+        "cond": (
+            lax.cond(
+                ids.sum() > 0,
+                lambda: dense(grad(params, ids)[1]),
+                lambda: jnp.zeros((NUM_ROWS, DIM)),
+            ),
+            total,
+        ),
+    }
+    for name, (actual, wanted) in results.items():
+        np.testing.assert_allclose(actual, wanted, rtol=1e-10, atol=1e-14, err_msg=name)
+
+
+def test_a_second_derivative_is_refused():
+    _, tables, params, ids = on_mesh("auto", parameters(), batches()["even"][0])
+
+    def squares(params):
+        _, gradients = value_and_row_grad(loss, tables)(params, ids)
+        return (gradients["items"].rows ** 2).sum()
+
+    with pytest.raises(ValueError, match="Reverse-mode differentiation does not work"):
+        jax.jit(jax.grad(squares))(params)
