@@ -8,12 +8,9 @@ table. Any other one needs the whole table, and is an error, unless it is a redu
 which rows without a gradient add nothing.
 """
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
@@ -25,11 +22,11 @@ from monolith_optax._rows.programs import (
     row_rules,
 )
 from monolith_optax._rows.programs.custom_rules import run_with_derivatives
+from monolith_optax._rows.programs.inner_programs import InnerPrograms
 from monolith_optax._rows.programs.jaxprs import Equation, Program
 from monolith_optax._rows.programs.row_values import (
     Chosen,
     Given,
-    Kind,
     Later,
     Made,
     MixesRowsError,
@@ -37,25 +34,19 @@ from monolith_optax._rows.programs.row_values import (
     Value,
     Whole,
     common_table,
-    kind,
     known_as,
 )
 from monolith_optax._rows.slices.row_access import Table
-
-# Where a program stands inside others: equations, and numbers of their branches.
-Path = tuple[tuple[Equation, int], ...]
 
 
 class Runner:
     """Runs programs on the rows of some tables."""
 
     def __init__(self, tables: Sequence[Table]) -> None:
-        self._axes = list(dict.fromkeys(table.axes for table in tables))
-        # The kinds of results of the programs in an equation, and the equations that
-        # lead there, by their identity.
-        self._kinds: dict[tuple[Any, ...], tuple[Any, list[list[Kind]]]] = {}
-        self._path: Path = ()
-        self._only_kinds = False
+        self._axes: dict[int, list[tuple[int, ...]]] = {}  # by the first of them
+        for axes in dict.fromkeys(table.axes for table in tables):
+            self._axes.setdefault(axes[0], []).append(axes)
+        self._inner = InnerPrograms()
 
     def run(self, program: Program, operands: Sequence[Value]) -> list[Value]:
         """The results of a program."""
@@ -69,9 +60,10 @@ class Runner:
 
     def _as_long(self, *shapes: tuple[int, ...]) -> list[tuple[int, ...]]:
         """The row axes of tables that arrays of all of these shapes have."""
+        first = shapes[0][0] if shapes and shapes[0] else -1
         return [
             axes
-            for axes in self._axes
+            for axes in self._axes.get(first, ())
             if all(shape[: len(axes)] == axes for shape in shapes)
         ]
 
@@ -125,7 +117,8 @@ class Runner:
         self, equation: Equation, operands: list[Value]
     ) -> Sequence[Value]:
         by_row = [isinstance(value, Later) for value in operands]
-        plans = self._plans(equation, by_row)
+        may_be_rows = any(by_row) or equation.primitive.name in primitives.MAKERS
+        plans = self._plans(equation, by_row) if may_be_rows else []
         if not plans:
             return self._whole_results(equation, operands)
         known = [value.constant for value in operands]
@@ -145,7 +138,7 @@ class Runner:
         shapes = [jaxprs.type_of(out).shape for out in equation.outvars]
         found = [
             row_rules.plan(equation, by_row, len(axes))
-            for axes in (self._as_long(*shapes) if shapes else [])
+            for axes in self._as_long(*shapes)
         ]
         return [
             plan
@@ -158,20 +151,20 @@ class Runner:
         self, equation: Equation, operands: list[Value]
     ) -> Sequence[Value]:
         arrays = _bind_whole(equation, operands)
-        name, [*shapes] = equation.primitive.name, map(jnp.shape, arrays)
-        if name in primitives.ELEMENTWISE or row_rules.makes_rows(equation):
+        if equation.primitive.name in _WITH_CONSTANTS:
             plan = row_rules.plan(equation, [False] * len(operands))
-            known = [value.constant for value in operands]
             if plan is not None:
+                known = [value.constant for value in operands]
                 after = known_constants.after(equation, known, plan.evaluate)
                 return list(map(Whole, arrays, after))
-        is_there = any(
+        is_long = [bool(self._as_long(np.shape(array))) for array in arrays]
+        is_there = any(is_long) and any(
             isinstance(value, Whole) and self._as_long(np.shape(value.array))
             for value in operands
         )
         return [
-            Given(array) if self._as_long(shape) and not is_there else Whole(array)
-            for array, shape in zip(arrays, shapes, strict=True)
+            Given(array) if long and not is_there else Whole(array)
+            for array, long in zip(arrays, is_long, strict=True)
         ]
 
     def _cond(self, equation: Equation, operands: list[Value]) -> Sequence[Value]:
@@ -181,25 +174,25 @@ class Runner:
         branches then give the rows at the same positions.
         """
         index, *others = operands
-        path, programs = self._path, jaxprs.branches(equation)
+        path, programs = self._inner.path, jaxprs.branches(equation)
 
         def run(which: int) -> list[Value]:
-            with self._at(path):
+            with self._inner.at(path):
                 return self._inside(equation, which, programs[which], others)
 
-        if self._only_kinds:
+        if self._inner.only_kinds:
             results = list(map(run, range(len(programs))))
-            self._keep(equation, operands, results)
+            self._inner.keep(equation, operands, results)
         else:
-            self._find_kinds(equation, operands, self._cond)
+            self._inner.find_kinds(equation, operands, self._cond)
 
         def switch(take: Callable[[list[Value]], Any]) -> Any:
-            if self._only_kinds:
+            if self._inner.only_kinds:
                 return take(results[0])
             branches = [lambda which=w: take(run(which)) for w in range(len(programs))]
             return lax.switch(index.at(None), branches)
 
-        by_result = list(zip(*self._kinds_in(equation, operands), strict=True))
+        by_result = list(zip(*self._inner.kinds(equation, operands), strict=True))
         tables = [common_table(equation, each) for each in by_result]
         known = [
             known_constants.joined([k.constant for k in each]) for each in by_result
@@ -232,16 +225,16 @@ class Runner:
             else value
             for value in operands
         ]
-        if self._only_kinds:
+        if self._inner.only_kinds:
             results = self._inside(equation, 0, program, operands)
-            self._keep(equation, operands, [results])
+            self._inner.keep(equation, operands, [results])
             return results
-        self._find_kinds(equation, operands, self._with_derivatives)
-        [kinds] = self._kinds_in(equation, operands)
-        path = self._path
+        self._inner.find_kinds(equation, operands, self._with_derivatives)
+        [kinds] = self._inner.kinds(equation, operands)
+        path = self._inner.path
 
         def run(program: Program, operands: Sequence[Value]) -> list[Value]:
-            with self._at(path):
+            with self._inner.at(path):
                 return self._inside(equation, 0, program, operands)
 
         return run_with_derivatives(run, equation, operands, kinds)
@@ -254,51 +247,12 @@ class Runner:
         operands: Sequence[Value],
     ) -> list[Value]:
         """Runs one of the programs in an equation."""
-        with self._at((*self._path, (equation, which))):
+        with self._inner.at((*self._inner.path, (equation, which))):
             return self.run(program, operands)
 
-    @contextlib.contextmanager
-    def _at(self, path: Path) -> Iterator[None]:
-        before, self._path = self._path, path
-        try:
-            yield
-        finally:
-            self._path = before
 
-    def _find_kinds(
-        self,
-        equation: Equation,
-        operands: list[Value],
-        run: Callable[[Equation, list[Value]], Any],
-    ) -> None:
-        """Runs an equation's programs for the kinds of their results, but once only."""
-        if self._key(equation, operands) in self._kinds:
-            return
-
-        def abstractly() -> None:
-            run(equation, operands)
-
-        self._only_kinds = True
-        try:
-            jax.eval_shape(abstractly)
-        finally:
-            self._only_kinds = False
-
-    def _keep(
-        self, equation: Equation, operands: list[Value], results: list[list[Value]]
-    ) -> None:
-        kinds = [list(map(kind, each)) for each in results]
-        # What the key names must live as long as it does.
-        kept = self._path, equation, operands
-        self._kinds[self._key(equation, operands)] = kept, kinds
-
-    def _kinds_in(self, equation: Equation, operands: list[Value]) -> list[list[Kind]]:
-        return self._kinds[self._key(equation, operands)][1]
-
-    def _key(self, equation: Equation, operands: list[Value]) -> tuple[Any, ...]:
-        tables = (value.table for value in operands if isinstance(value, Rows))
-        path = ((id(each), which) for each, which in self._path)
-        return (*path, id(equation), *map(id, tables))
+# What is known of their operands tells what is known of their results.
+_WITH_CONSTANTS = primitives.ELEMENTWISE | primitives.MAKERS
 
 
 def _why_not(equation: Equation, table: Table) -> str:

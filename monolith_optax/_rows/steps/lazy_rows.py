@@ -145,17 +145,19 @@ def _step(
             **jax.tree.unflatten(extra_structure, leaves),
         )
 
-    def traced(slots: list[Leaf]) -> tuple[Program, Any]:
+    def traced(values: list[Value]) -> tuple[Program, Any]:
         return trace(
             whole_step,
             list(map(_whole_type, gradients, weights)),
-            [_whole_type(leaf.value(), leaf) for leaf in slots],
-            [_whole_type(leaf.value(), leaf) for leaf in weights],
+            list(map(_whole_type, values, slots)),
+            list(map(_whole_type, of_weights, weights)),
             list(map(jax.typeof, arrays)),
         )
 
+    of_weights = [leaf.value() for leaf in weights]
+    of_slots = [leaf.value() for leaf in slots]
     try:
-        program, shapes = traced(slots)
+        program, shapes = traced(of_slots)
     except Exception as error:
         _check_state(inner, state, params, error)
         raise
@@ -165,22 +167,17 @@ def _step(
     found = slots_of_program(program, weights, slots)
     if found != slots:
         slots = found
-        program, _ = traced(slots)
+        of_slots = [leaf.value() for leaf in slots]
+        program, _ = traced(of_slots)
 
     runner = Runner([leaf.table for leaf in weights if leaf.table])
+    unchanged = unchanged_slots(program, weights)
     old = [
-        runner.whole(leaf.array) if unchanged and leaf.table else leaf.value()
-        for leaf, unchanged in zip(
-            slots, unchanged_slots(program, weights), strict=True
-        )
+        runner.whole(leaf.array) if is_same and leaf.table else value
+        for leaf, value, is_same in zip(slots, of_slots, unchanged, strict=True)
     ]
-    operands = [
-        *gradients,
-        *old,
-        *(leaf.value() for leaf in weights),
-        *map(runner.whole, arrays),
-    ]
-    results = runner.run(program, operands)
+    others = map(runner.whole, arrays)
+    results = runner.run(program, [*gradients, *old, *of_weights, *others])
     new_updates, new = results[: len(weights)], results[len(weights) :]
     return (
         jax.tree.unflatten(structure, map(_update, new_updates, weights)),

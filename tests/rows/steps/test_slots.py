@@ -208,3 +208,17 @@ def test_a_batch_of_padding_changes_no_slot():
     gradients = next(batches(ids=[[-1, NUM_ROWS, -1, -1]]))
     _, after = lazy_rows(inner).update(gradients, state, params)
     np.testing.assert_array_equal(after, state)
+
+
+def test_a_long_chain_of_operations_on_rows_that_are_made_later():
+    """Longer than Python's stack allows functions that call each other to be."""
+
+    def update(g, _):
+        rates = jnp.linspace(0.5, 1.0, NUM_ROWS)
+        for _ in range(600):
+            rates = rates * 1.0001
+        return g | {"table": g["table"] * rates[:, None]}
+
+    inner, params = optax.stateless(update), parameters()
+    gradients = next(batches())
+    jax.eval_shape(lazy_rows(inner).update, gradients, inner.init(params), params)
