@@ -20,7 +20,7 @@ SOURCES = [
     for path in sorted(ROOT.glob(f"{folder}/**/*.py"))
 ]
 REPLACEMENTS = {
-    r"(?<!some )(?<!each )(?<!all )(?<!none )(?<!\d )\bof (which|whom)\b": "whose, or 'and'",
+    r"(?<!some )(?<!each )(?<!all )(?<!none )(?<!\d )\bof (which|whom)\b": "whose",
     r"\b(that|those) of\b[^.:;]*\b(that|those) of\b": "the nouns themselves",
     r"(?<!there )\b(is|are|was|were) no (?!(longer|more|less|fewer|other)\b)": "not a",
     r"\balone\b": "only, or by itself",
