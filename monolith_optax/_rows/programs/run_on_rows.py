@@ -180,6 +180,7 @@ class Runner:
             with self._inner.at(path):
                 return self._inside(equation, which, programs[which], others)
 
+        results: list[list[Value]] = []
         if self._inner.only_kinds:
             results = list(map(run, range(len(programs))))
             self._inner.keep(equation, operands, results)
@@ -187,7 +188,7 @@ class Runner:
             self._inner.find_kinds(equation, operands, self._cond)
 
         def switch(take: Callable[[list[Value]], Any]) -> Any:
-            if self._inner.only_kinds:
+            if results:
                 return take(results[0])
             branches = [lambda which=w: take(run(which)) for w in range(len(programs))]
             return lax.switch(index.at(None), branches)

@@ -142,13 +142,28 @@ KEEPING = {
         lambda g: jnp.where(g > 0, g, 0.0),
         g,
     ),
+    "cond of a cond of rows made later": lambda g, p: jax.lax.cond(
+        jnp.sum(g) > 0,
+        lambda zeros: g + zeros,
+        lambda zeros: g - zeros,
+        jax.lax.cond(
+            jnp.sum(g) > 1, lambda: jnp.zeros_like(p), lambda: jnp.ones_like(p)
+        ),
+    ),
     "norm of chosen": lambda g, _: (
         g / jnp.linalg.norm(jax.lax.cond(jnp.sum(g) > 0, lambda: g, lambda: 2 * g))
     ),
 }
 
 
-SAMPLE = "reshaped", "products of rows", "norm of each row", "cond", "clipped cond"
+SAMPLE = (
+    "cond of a cond of rows made later",
+    "reshaped",
+    "products of rows",
+    "norm of each row",
+    "cond",
+    "clipped cond",
+)
 
 
 @pytest.mark.parametrize("name", sampled(KEEPING, *SAMPLE))
