@@ -114,7 +114,7 @@ def _is_random(equation: Equation) -> bool:
     return bool(equation.primitive.name == "random_bits")
 
 
-_PLACEMENTS = ("sharding_constraint", "reshard", "mesh_cast", *VARYING)
+_PLACEMENTS = ("sharding_constraint", "reshard", *VARYING)
 
 
 def _way(equation: Equation, values: Sequence[Any]) -> Way | None:

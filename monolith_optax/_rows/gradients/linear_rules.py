@@ -136,10 +136,10 @@ def _select(kinds: list[int]) -> int:
 _RULES: dict[str, Callable[[list[int]], int]] = {
     **dict.fromkeys(("add", "add_any", "sub", "neg", "concatenate"), _each),
     **dict.fromkeys(("convert_element_type", "copy", "reduce_precision"), _first),
-    **dict.fromkeys(("broadcast_in_dim", "reshape", "squeeze", "expand_dims"), _first),
+    **dict.fromkeys(("broadcast_in_dim", "reshape", "squeeze"), _first),
     **dict.fromkeys(("transpose", "rev", "slice", "reduce_sum", "cumsum"), _first),
     **dict.fromkeys(("gather", "dynamic_slice", "real", "imag", "conj"), _first),
-    **dict.fromkeys(("div", "pvary", "pcast", "sharding_constraint"), _first),
+    **dict.fromkeys(("div", "pvary", "sharding_constraint"), _first),
     **dict.fromkeys(("optimization_barrier", "split", "stop_gradient"), _each),
     **dict.fromkeys(("mul", "dot_general"), _product),
     "select_n": _select,

@@ -117,7 +117,7 @@ class Image:
     serial: int = field(default_factory=lambda: next(_serial))
 
 
-VARYING = ("pvary", "pcast")  # these change types only
+VARYING = ("pvary",)  # it changes the type only
 
 
 class Known:

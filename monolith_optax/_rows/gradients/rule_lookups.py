@@ -183,7 +183,7 @@ class Rule:
 
 
 # What gives zeros for a zero.
-_SPREAD = ("broadcast_in_dim", "convert_element_type", "copy", "pvary", "pcast")
+_SPREAD = ("broadcast_in_dim", "convert_element_type", "copy", "pvary")
 
 
 def _both(equation: Equation) -> jaxprs.Program:

@@ -22,11 +22,9 @@ Equation = core.JaxprEqn
 # Primitives that call a program on their operands and give back what it gives. The two
 # that carry derivative rules of their own are apart: who runs their program instead
 # loses the rules.
-CHECKPOINTS = frozenset({"checkpoint", "remat", "remat2"})
-CALLS = CHECKPOINTS | {"jit", "pjit", "closed_call", "core_call", "call"}
-CUSTOM_DERIVATIVES = frozenset(
-    ["custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"]
-)
+CHECKPOINTS = frozenset({"remat2"})
+CALLS = CHECKPOINTS | {"jit", "closed_call", "call"}
+CUSTOM_DERIVATIVES = frozenset({"custom_jvp_call", "custom_vjp_call"})
 
 
 def trace(function: Callable[..., Any], *args: Any) -> tuple[Program, Any]:
@@ -205,7 +203,7 @@ def called_program(equation: Equation) -> Program | None:
         return None
     [program] = [
         equation.params[name]
-        for name in ("jaxpr", "call_jaxpr", "fun_jaxpr")
+        for name in ("jaxpr", "call_jaxpr")
         if name in equation.params
     ]
     return closed(program)

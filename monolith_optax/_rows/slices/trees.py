@@ -208,10 +208,13 @@ def _all_gather(array: jax.Array, axis_name: Any) -> jax.Array:
     """The arrays of all devices, of a type that says they are the same on each."""
     lax: Any = jax.lax
     names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
-    gather, options = lax.all_gather, {}
+    gather, options, at_once = lax.all_gather, {}, [names]
     if hasattr(lax, "all_gather_invariant"):  # JAX 0.8
         gather = lax.all_gather_invariant
-    elif set(names) <= set(jax.sharding.get_abstract_mesh().manual_axes):
+    if not set(names) <= set(jax.sharding.get_abstract_mesh().manual_axes):
+        at_once = [(name,) for name in reversed(names)]  # vmap takes one at a time
+    elif gather is lax.all_gather:
         options = {"to": "invarying"}  # under vmap JAX 0.10 refuses it
-    gathered: jax.Array = gather(array, axis_name, tiled=True, **options)
-    return gathered
+    for each in at_once:
+        array = gather(array, each, tiled=True, **options)
+    return array

@@ -86,3 +86,14 @@ def test_vmap():
     slices = RowSlices(IDS.reshape(2, 4), jnp.ones((2, 4, 1)))
     total = jax.vmap(lambda s: monolith_optax.psum(s, "i"), axis_name="i")(slices)
     assert total.ids.tolist() == [IDS.tolist()] * 2
+
+
+@pytest.mark.parametrize("reduce", [monolith_optax.psum, monolith_optax.pmean])
+def test_several_axes_of_nested_vmaps(reduce):
+    slices = RowSlices(jnp.arange(6).reshape(2, 3, 1), jnp.ones((2, 3, 1, 2)))
+    inner = jax.vmap(lambda s: reduce(s, ("a", "b")), axis_name="b")
+    total = jax.vmap(inner, axis_name="a")(slices)
+    each = 1.0 if reduce is monolith_optax.psum else 1 / 6
+    for device in total.ids.reshape(6, 6):
+        assert device.tolist() == list(range(6))
+    assert jnp.allclose(total.rows, each)
