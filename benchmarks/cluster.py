@@ -21,8 +21,6 @@ steps, which allocate no temporary the size of a table. The dense step really do
 update all rows.
 """
 
-import math
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -32,18 +30,15 @@ import numpy as np
 import optax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from benchmarks.compiled.read import collectives
 from monolith_optax import RowSlices, adamom, lazy_rows, value_and_row_grad
+from monolith_optax._compiled.program import parse
 
 DEVICES, DIM = 8, 64
 ROWS, CLUSTER, BATCH = 10**9, 256, 65_536
 WAYS = "dense", "lazy_rows", "lazy_rows in shard_map"
 # Rows per device and ids per batch; the last pair is for the check.
 SIZES = [(2**16, 2**10), (2**17, 2**10), (2**16, 2**11), (2**17, 2**11)]
-COLLECTIVES = re.compile(
-    r" = (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)"
-    r"(?:-start)?\("
-)
-MASKS = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s64": 8, "u64": 8, "f64": 8}
 
 
 def loss_fn(params: Any, ids: jax.Array) -> jax.Array:
@@ -105,14 +100,10 @@ def compile_step(way: str, rows_per_device: int, batch: int) -> Any:
     return jitted.lower(carry, ids).compile()
 
 
-def collective_bytes(program: str) -> float:
+def sent_bytes(program: str) -> float:
     """Bytes that a device sends in a program's collectives: rings, for large n."""
-    total = 0.0
-    for shapes, kind in COLLECTIVES.findall(program):
-        for dtype, sizes in re.findall(r"([a-z]+[0-9]*)\[([0-9,]*)\]", shapes):
-            count = math.prod(int(size) for size in sizes.split(",") if size)
-            total += (1 + (kind == "all-reduce")) * count * MASKS.get(dtype, 4)
-    return total
+    found = collectives(parse(program)).items()
+    return sum((1.0 + (kind == "all-reduce")) * nbytes for kind, nbytes in found)
 
 
 def measure(way: str, rows_per_device: int, batch: int) -> np.ndarray:
@@ -124,7 +115,7 @@ def measure(way: str, rows_per_device: int, batch: int) -> np.ndarray:
             memory.argument_size_in_bytes,
             memory.temp_size_in_bytes,
             cost["bytes accessed"],
-            collective_bytes(compiled.as_text()),
+            sent_bytes(compiled.as_text()),
         ]
     )
 

@@ -1,14 +1,20 @@
 """What the benchmarks say about their figures, on made-up ones; nothing is timed."""
 
 import copy
+import functools
 import json
 import shutil
 import subprocess
 
+import jax
+import jax.numpy as jnp
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from benchmarks import ROOT, tables
 from benchmarks.baseline import slower
+from benchmarks.compiled import page as compiled
+from benchmarks.compiled.read import figures
 from benchmarks.measure import Case, commit
 from benchmarks.results import ratios
 
@@ -31,6 +37,44 @@ def test_pages_have_the_figures_of_their_published_runs(page):
     text, figures = page.read_text(), json.loads(tables.PAGES[page].read_text())
     assert tables.MARKED.search(text)
     assert text == tables.filled(text, figures), "run python -m benchmarks.tables"
+
+
+def test_pages_on_compiled_programs_have_the_published_figures():
+    published = json.loads(compiled.RESULTS.read_text())
+    assert set(published["targets"]) <= set(compiled.TITLES)
+    assert compiled.PAGE.read_text() == compiled.page(published)
+    before = compiled.TPU_PAGE.read_text()
+    assert before.count("| 128 columns, default |") == 1
+    assert before == compiled.filled(before, published)
+
+
+@pytest.mark.parametrize("donated", [False, True])
+def test_figures_of_a_compiled_step(donated):
+    def step(table, ids):
+        return table.at[ids].add(1.0)
+
+    jitted = jax.jit(step, donate_argnums=[0] if donated else [])
+    found = figures(jitted.lower(jnp.ones((10_000, 8)), jnp.arange(4)).compile())
+    assert found["copies of tables"] == (0 if donated else 1)
+    assert len(found["not in place"]) == (0 if donated else 1)
+    assert found["arguments"] == 10_000 * 8 * 4 + 16
+    assert found["kernels"] >= 1
+    assert (found["loops"], found["collectives"]) == (0, {})
+
+
+def test_bytes_of_collectives():
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
+    split = NamedSharding(mesh, PartitionSpec("x"))
+
+    @functools.partial(jax.jit, in_shardings=split, out_shardings=None)
+    @functools.partial(
+        jax.shard_map, mesh=mesh, in_specs=split.spec, out_specs=PartitionSpec()
+    )
+    def total(part):
+        return jax.lax.psum(part.sum(0), "x")
+
+    found = figures(total.lower(jnp.ones((8, 5))).compile())
+    assert found["collectives"] == {"all-reduce": 20}
 
 
 def test_every_table_is_on_the_page_and_every_picture_exists():

@@ -8,6 +8,7 @@ import jax
 
 from monolith_optax._compiled.program import (
     COLLECTIVES,
+    OTHER_MEMORY,
     Array,
     Instruction,
     Program,
@@ -211,6 +212,7 @@ def _temporaries(
             sent = kind in COLLECTIVES and array.size in whole
             kept = (
                 kind not in _NOTHING_NEW
+                and OTHER_MEMORY not in array.layout
                 and instruction.name not in reused
                 and not kind.endswith("-start")
                 and array.size in whole | rows

@@ -19,6 +19,11 @@ class Array(NamedTuple):
         return math.prod(self.shape)
 
     @property
+    def order(self) -> str:
+        """Its axes, from the one whose neighbours are next to each other in memory."""
+        return self.layout.partition(":")[0]
+
+    @property
     def nbytes(self) -> int:
         """Without what a layout adds."""
         digits = re.search(r"\d+", self.dtype)
@@ -95,13 +100,18 @@ class Program(NamedTuple):
         return [_before_bitcasts(fused, fused[name]) for name in made_by]
 
     def copies(self) -> Iterator[Instruction]:
-        """The instructions that copy, but not those to or from a chip's own memory."""
+        """The instructions that copy.
+
+        An array that moves to a chip's own memory or back, as it is, is not a copy.
+        """
         for instruction in self.running():
             if any(maker.opcode in _COPY for maker in self.makers(instruction)):
                 arrays = [*instruction.arrays]
                 for name in instruction.operands:
                     arrays += self._defined(name).arrays
-                if not any(_OTHER_MEMORY in array.layout for array in arrays):
+                orders = {array.order for array in arrays if array.size > 1}
+                moves = any(OTHER_MEMORY in array.layout for array in arrays)
+                if len(orders) > 1 or not moves:
                     yield instruction
 
     def by_rows(self) -> set[int]:
@@ -210,4 +220,4 @@ COLLECTIVES = {
 _RUN_OTHERS = {"while", "call", "conditional", "async-start"}
 _COPY = {"copy", "copy-done"}
 _BY_INDICES = {"gather", "scatter", "dynamic-slice", "dynamic-update-slice"}
-_OTHER_MEMORY = "S("
+OTHER_MEMORY = "S("  # in the layout of an array in a chip's own memory

@@ -145,6 +145,7 @@ def test_an_output_of_another_sharding():
     assert any("is sent between devices" in sentence for sentence in found)
 
 
+@pytest.mark.filterwarnings("ignore:All gradients given to lazy_rows are arrays")
 def test_a_dense_gradient_is_a_temporary():
     def tied(params, ids):
         return loss(params, ids) + jnp.max(jnp.sum(params["items"], 1))
