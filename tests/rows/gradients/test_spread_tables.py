@@ -114,7 +114,8 @@ def check(loss, kind, mesh_name="auto", argument=None):
     with jax.set_mesh(mesh):
         grad = jax.jit(value_and_row_grad(loss, argument or tables))
         value, gradients = grad(placed, ids)
-    assert fits(gradients) is expected_fit
+    # Two devices have room for all ids that one owner has in this batch.
+    assert fits(gradients) is (expected_fit or mesh_name == "two")
     actual = jax.device_get((value, densified(gradients, params)))
     chex.assert_trees_all_close(actual, expected, rtol=1e-10, atol=1e-14)
     return gradients
