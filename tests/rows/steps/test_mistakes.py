@@ -59,9 +59,8 @@ def test_arithmetic():
 
 
 def test_slices_are_not_an_array():
-    for convert in np.asarray, jnp.asarray:
-        with pytest.raises(TypeError, match=r"RowSlices.*"):
-            convert(GRADIENTS["table"])
+    with pytest.raises((TypeError, ValueError)):  # the latter with JAX 0.8
+        jnp.asarray(GRADIENTS["table"])
     with pytest.raises(TypeError, match="to_dense"):
         np.asarray(GRADIENTS["table"])
 
