@@ -96,7 +96,7 @@ TITLES = {
 INTRODUCTION = """\
 # What compiled programs say
 
-For people who want to know what a step costs on a device that they do not have.
+What a step copies, allocates, sends and starts on devices that nobody has at hand.
 
 `python -m benchmarks.compiled` compiles training steps for CPUs, NVIDIA's H100 and
 Google's TPUs, and reads from each program what it copies, allocates, sends and starts.
