@@ -215,7 +215,7 @@ def _temporaries(
                 and OTHER_MEMORY not in array.layout
                 and instruction.name not in reused
                 and not kind.endswith("-start")
-                and array.size in whole | rows
+                and (array.size in whole or _is_column(array, rows))
                 and _SMALLEST <= array.nbytes <= spare
             )
             what = f"{array}{_where(maker)}, as large as a table, is "
@@ -223,6 +223,11 @@ def _temporaries(
             if (sent or kept) and what not in said:
                 said.add(what)
                 yield what
+
+
+def _is_column(array: Array, rows: set[int]) -> bool:
+    """Whether it has one entry for each row of a table."""
+    return array.size in rows and array.size in array.shape
 
 
 def _divisors(number: int) -> list[int]:

@@ -190,6 +190,11 @@ def test_kernels_beside_tables_may_have_dense_gradients():
     check_in_place(donated(step), params, TX.init(params), IDS)
 
 
+def test_a_batch_may_have_as_many_numbers_as_a_table_has_rows():
+    params = {"items": jnp.ones((2**15, 16)), "kernel": jnp.ones((16, 4))}
+    check_in_place(donated(step), params, TX.init(params), jnp.arange(2**11))
+
+
 def test_evaluation_needs_no_donation():
     params, _, ids = arguments()
     check_in_place(jax.jit(loss), params, ids)
