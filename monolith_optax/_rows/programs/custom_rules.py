@@ -58,9 +58,10 @@ def run_with_derivatives(
         ]
 
     add_rule = _with_jvp if equation.primitive.name == "custom_jvp_call" else _with_vjp
-    arrays = add_rule(function, run, equation, operands, table, on_rows)(
-        table.ids, *(value.at(_table(value)) for value in operands)
-    )
+    given = [table.ids, *(value.at(_table(value)) for value in operands)]
+    if all(on_rows):  # the rule gives operands what varies as rows do
+        given = jaxprs.alike(given)
+    arrays = add_rule(function, run, equation, operands, table, on_rows)(*given)
     return [
         known_as(array, kind.table, kind.constant)
         for array, kind in zip(arrays, kinds, strict=True)

