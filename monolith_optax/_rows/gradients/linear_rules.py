@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from monolith_optax._rows.gradients.positions import on_rows
 from monolith_optax._rows.gradients.row_images import is_table
 from monolith_optax._rows.gradients.rule_lookups import Rule
 from monolith_optax._rows.programs import jaxprs
@@ -22,7 +21,7 @@ from monolith_optax._rows.programs.custom_rules import (
     run_with_derivatives,
 )
 from monolith_optax._rows.programs.jaxprs import Equation, is_variable, type_of
-from monolith_optax._rows.programs.row_values import MixesRowsError, Rows
+from monolith_optax._rows.programs.row_values import MixesRowsError, Rows, Whole
 from monolith_optax._rows.programs.run_on_rows import Runner
 from monolith_optax._rows.slices.row_access import Table
 
@@ -67,9 +66,7 @@ def _on_two_rows(equation: Equation, values: Sequence[Any]) -> Any:
             runner.run,
             equation,
             [
-                Rows(array, table)
-                if is_table(value)
-                else on_rows(runner.whole(array), table)
+                Rows(array, table) if is_table(value) else Whole(array)
                 for value, array in zip(values, operands, strict=True)
             ],
         )

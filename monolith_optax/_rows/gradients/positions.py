@@ -21,7 +21,7 @@ from monolith_optax._rows.gradients.row_images import (
 )
 from monolith_optax._rows.programs import jaxprs
 from monolith_optax._rows.programs.custom_rules import run_with_derivatives
-from monolith_optax._rows.programs.row_values import Later, Rows, Value
+from monolith_optax._rows.programs.row_values import Rows, Value, Whole
 from monolith_optax._rows.programs.run_on_rows import Runner
 from monolith_optax._rows.slices.row_access import Table, fetched
 
@@ -149,10 +149,10 @@ class Positions:
         num_rows = jaxprs.type_of(image.equation.outvars[image.index]).shape[0]
         table = _Anywhere("the table", num_rows, self.ids.reshape(-1))
         runner = Runner([table])
-        values = [
+        values: list[Value] = [
             Rows(self.rows(value), table)
             if is_table(value)
-            else on_rows(runner.whole(self.scope.whole(value)), table)
+            else Whole(self.scope.whole(value))
             for value in image.operands
         ]
         results = run_with_derivatives(runner.run, image.equation, values)
@@ -161,11 +161,6 @@ class Positions:
 
 def _needed(image: Image) -> Any:
     return () if image.way.moves else image.operands
-
-
-def on_rows(value: Value, table: Table) -> Value:
-    """A value that is rows at once, if it is rows later."""
-    return Rows(value.at(table), table) if isinstance(value, Later) else value
 
 
 class _Anywhere(Table):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 from choosing import sampled
 from jax import lax
-from law import check, normal
+from law import check, normal, rows_of
 
 from monolith_optax import value_and_row_grad
 
@@ -93,6 +93,26 @@ def test_gradients_of_other_operands(params, nonlinear, rows):
         return head(scaled(params["t"], params["w"])[ids])
 
     check(loss, params, IDS, rows=rows)
+
+
+def test_a_scale_beside_a_table_of_one_row():
+    @jax.custom_vjp
+    def scaled(table, scale):
+        return table * scale
+
+    scaled.defvjp(
+        lambda table, scale: (table * scale, (table, scale)),
+        lambda kept, g: (g * kept[1], jnp.sum(kept[0] * g, axis=0, keepdims=True)),
+    )
+
+    def loss(params, ids):
+        return head(scaled(params["t"], params["w"])[ids])
+
+    params, ids = {"t": normal(1, D), "w": normal(1, D, seed=1)}, jnp.array([0, 0, 0])
+    _, gradients = value_and_row_grad(loss)(params, ids)
+    check(loss, params, ids, rows=rows_of(gradients))
+    tables = {"t": True, "w": False}
+    check(loss, params, ids, rows={"t"}, tables=tables)
 
 
 def test_symbolic_zeros_are_dense(params):
