@@ -94,6 +94,11 @@ def _shapes() -> Iterator[Case]:
         apart, joined = (of(adagrad, width=width, **many) for of in (_step, _stack))
         yield Case("tables", f"26 tables{each}", apart, slow=("tpu",))
         yield Case("tables", f"a stack{each}", joined, slow=("tpu",))
+        apart, joined = (
+            of(adagrad, width=width, whole_step=True, **many) for of in (_step, _stack)
+        )
+        yield Case("whole steps", f"26 tables{each}", apart, slow=("tpu",))
+        yield Case("whole steps", f"a stack{each}", joined, slow=("tpu",))
 
     def rounding(rate: float) -> optax.GradientTransformation:
         return stochastic_rounding(embedding.rowwise_adagrad(rate), seed=0)
@@ -104,7 +109,6 @@ def _shapes() -> Iterator[Case]:
 
 
 def _meshes() -> Iterator[Case]:
-    """Cases of tables that are spread over devices belong here."""
     for name, of in {"split by rows": Target.split, "whole": Target.everywhere}.items():
         where: dict[str, Any] = {
             "table": of,
@@ -114,6 +118,9 @@ def _meshes() -> Iterator[Case]:
         make = _step(embedding.adagrad, whole_step=True, **where)
         yield Case("meshes", f"tables {name}", make, needs=2)
         yield Case("meshes", f"evaluation, tables {name}", _evaluation(of), needs=2)
+    where |= {"table": Target.split, "spread": True}
+    make = _step(embedding.adagrad, whole_step=True, **where)
+    yield Case("meshes", "tables spread", make, needs=2)
 
 
 def _step(
@@ -128,6 +135,7 @@ def _step(
     batch: Callable[[Target], NamedSharding] = Target.on_one,
     row_major: bool = False,
     whole_step: bool = False,
+    spread: bool = False,
 ) -> Callable[[Target], Any]:
     """A step on row gradients, or a whole one with the lookup."""
     tx = lazy_rows(make(0.1))
@@ -155,7 +163,8 @@ def _step(
                 return jnp.sum(jnp.stack(means))
 
             if whole_step:
-                _, gradients = value_and_row_grad(loss)(params)
+                spec = dict.fromkeys(params, where) if spread else None
+                _, gradients = value_and_row_grad(loss, spec)(params)
             else:
                 slices = map(RowSlices, taken, found)
                 gradients = dict(zip(params, slices, strict=True))
@@ -187,16 +196,29 @@ def _evaluation(of: Callable[[Target], NamedSharding]) -> Callable[[Target], Any
 
 
 def _stack(
-    make: Callable[..., Any], *, tables: int, rows: int, ids: int, width: int
+    make: Callable[..., Any],
+    *,
+    tables: int,
+    rows: int,
+    ids: int,
+    width: int,
+    whole_step: bool = False,
 ) -> Callable[[Target], Any]:
-    """A step on row gradients of tables in one array."""
+    """A step on row gradients of tables in one array, or one with the lookups."""
     tx = lazy_rows(make(0.1))
     of_each = jax.ShapeDtypeStruct((rows, width), jnp.float32)
     stack = TableStack([of_each] * tables)
 
+    def loss(params: Any, taken: Any, found: Any) -> jax.Array:
+        looked_up = zip(stack.unpack(params), taken, found, strict=True)
+        return jnp.sum(jnp.stack([jnp.mean(t[i] * r) for t, i, r in looked_up]))
+
     def step(params: Any, state: Any, taken: Any, found: Any) -> Any:
-        ids, rows = stack.row_ids(taken), stack.concatenate(found)
-        gradients = {key: RowSlices(ids[key], rows[key]) for key in params}
+        if whole_step:
+            _, gradients = value_and_row_grad(loss)(params, taken, found)
+        else:
+            ids, rows = stack.row_ids(taken), stack.concatenate(found)
+            gradients = {key: RowSlices(ids[key], rows[key]) for key in params}
         updates, state = tx.update(gradients, state, params)
         return apply_updates(params, updates), state
 
