@@ -30,6 +30,30 @@ settings.register_profile("explore", deadline=None, max_examples=50)
 settings.load_profile("default")
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--share",
+        type=int,
+        default=1,
+        help="take one in N cases of each test with cases",
+    )
+
+
+@pytest.hookimpl(trylast=True)  # what -m leaves out does not count
+def pytest_collection_modifyitems(config, items):
+    """Cases are the same in every run, and at least one of each test is taken."""
+    share, of_test, left_out = config.getoption("--share"), {}, []
+    for item in items:
+        name = item.nodeid.split("[")[0]
+        if of_test.setdefault(name, 0) % share:
+            left_out.append(item)
+        of_test[name] += 1
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        dropped = set(map(id, left_out))
+        items[:] = [item for item in items if id(item) not in dropped]
+
+
 @pytest.hookimpl(tryfirst=True)  # Hypothesis reads the seed in the same hook
 def pytest_configure(config):
     option = config.option
