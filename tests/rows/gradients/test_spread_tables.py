@@ -121,7 +121,17 @@ def check(loss, kind, mesh_name="auto", argument=None):
     return gradients
 
 
-@pytest.mark.parametrize("kind", batches())
+def only_by_default(default, kinds):
+    """The kinds, of which only some run outside CI."""
+    return [
+        kind if kind in default else pytest.param(kind, marks=pytest.mark.slow)
+        for kind in kinds
+    ]
+
+
+@pytest.mark.parametrize(
+    "kind", only_by_default(("even", "one_owner", "repeated"), batches())
+)
 def test_value_and_gradients(kind):
     check(loss, kind)
 
@@ -179,7 +189,9 @@ CONSTRUCTS = [
 ]
 
 
-@pytest.mark.parametrize("kind", ["out_of_range", "one_owner"])
+@pytest.mark.parametrize(
+    "kind", only_by_default(["one_owner"], ["out_of_range", "one_owner"])
+)
 @pytest.mark.parametrize("inside", CONSTRUCTS)
 def test_constructs(inside, kind):
     check(inside, kind)
@@ -379,7 +391,9 @@ def stacked(kind):
     return loss, spec, (stacks, bags), placed, fit
 
 
-@pytest.mark.parametrize("kind", ["even", "negative", "out_of_range"])
+@pytest.mark.parametrize(
+    "kind", only_by_default(["negative"], ["even", "negative", "out_of_range"])
+)
 def test_stacks(kind):
     loss, spec, (stacks, bags), placed, fit = stacked(kind)
     tx = lazy_rows(embedding.adagrad(0.1))
@@ -453,6 +467,7 @@ def test_a_step_needs_the_share_of_a_device():
     assert bytes_sent[1] == 2 * places * 4 * (1 + 32)
 
 
+@pytest.mark.slow
 def test_transformations_around_the_gradient():
     _, tables, params, ids = on_mesh("auto", parameters(), batches()["even"][0])
     grad = value_and_row_grad(loss, tables)

@@ -21,7 +21,7 @@ from monolith_optax import (
 
 SIZES = {"a": (7, 3), "b": {"c": (2, 3), "d": (5, 2)}, "e": (1, 3)}
 SHARDS = [1, 2, 4]
-SAMPLES = "adamom", "rmsprop_v2_decay", "adam", "rowwise_adagrad"
+SAMPLES = "adamom", "rowwise_adagrad"
 
 
 def is_shape(node):

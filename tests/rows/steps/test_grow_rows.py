@@ -17,7 +17,7 @@ from monolith_optax import (
     restack,
 )
 
-SAMPLES = "adamom", "adam", "rowwise_adagrad"
+SAMPLES = "adamom", "rowwise_adagrad"
 OLD, NEW, DIM = 5, 8, 3
 BY_NAME = [
     pytest.param(name, marks=() if name in SAMPLES else pytest.mark.slow)

@@ -22,7 +22,7 @@ from monolith_optax import (
 
 NUM_ROWS, DIM = 50, 3
 ROWS = np.array([40, 3, -1, NUM_ROWS, 0, 3])
-SAMPLES = "adamom", "adam", "rowwise_adagrad"
+SAMPLES = "adamom", "rowwise_adagrad"
 VALID = np.array([True, True, False, False, True, True])
 
 
