@@ -104,6 +104,12 @@ def row_map(
         axes = [Along(axis) for axis in range(len(before))]
         start = int(sum(params["sizes"][:index]))
         axes[params["axis"]] = Along(params["axis"], start)
+    elif name == "unstack":  # since JAX 0.12
+        taken = params["axis"]
+        axes = [
+            Along(None, index) if axis == taken else Along(axis - (axis > taken))
+            for axis in range(len(before))
+        ]
     elif name == "rev":
         axes = [
             Along(axis, size - 1, -1) if axis in params["dimensions"] else Along(axis)
@@ -125,7 +131,7 @@ def row_map(
 
 _MAPS = frozenset(
     {"reshape", "squeeze", "broadcast_in_dim", "slice", "dynamic_slice", "split"}
-    | {"rev", "transpose"}
+    | {"rev", "transpose", "unstack"}
 )
 
 

@@ -43,8 +43,8 @@ def slot_shardings(tx: optax.GradientTransformation, params: Any, where: Any) ->
       >>> params = {"items": jnp.ones((8, 2))}
       >>> tx = embedding.rowwise_adagrad(0.1)
       >>> state_where = slot_shardings(tx, params, {"items": rows})
-      >>> print(state_where.sum_square["items"].spec)
-      PartitionSpec('x',)
+      >>> print(tuple(state_where.sum_square["items"].spec))
+      ('x',)
     """
     leaves = jax.tree.leaves(params)
     shardings = jax.tree.leaves(_broadcast(where, params))
