@@ -172,11 +172,14 @@ def test_a_table_that_is_used_as_a_whole_leaves_the_others_sparse():
 
 def test_a_global_norm_is_over_all_tables():
     tx = optax.chain(optax.clip_by_global_norm(0.5), optax.adagrad(0.1))
-    assert_steps_agree(tx, 2, tolerance=1e-6)
+    assert_steps_agree(tx, 2)
 
 
-def assert_steps_agree(inner, shards, tolerance=0.0):
-    """Three steps with other ids each, from the loss's gradients by hand."""
+def assert_steps_agree(inner, shards, tolerance=1e-6):
+    """Three steps with other ids each, from the loss's gradients by hand.
+
+    Compilers contract products and sums differently in arrays of other lengths.
+    """
     tx, stack = lazy_rows(inner), TableStack(tables(), shards)
     params = tables()
     stacks = stack.pack(params)
