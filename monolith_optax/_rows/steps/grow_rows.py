@@ -12,7 +12,7 @@ from jax.tree_util import keystr
 from monolith_optax._leaves import describe, dtype_of
 from monolith_optax._rows.slices.row_access import Table
 from monolith_optax._rows.slices.table_stack import TableStack
-from monolith_optax._rows.steps.named_rows import broadcast, is_none
+from monolith_optax._rows.steps.named_rows import broadcast, is_none, start_rows
 from monolith_optax._rows.steps.state_leaves import owners
 
 Params = TypeVar("Params")
@@ -223,16 +223,8 @@ def _old_count(name: str, leaf: Any, count: Any) -> int:
 
 def _grown(name: str, leaf: Any, count: int, start: Any) -> jax.Array:
     shape = (count - len(leaf), *np.shape(leaf)[1:])
-    try:
-        if start is None or np.broadcast_shapes(np.shape(start), shape) != shape:
-            raise ValueError
-    except ValueError:
-        given = "None" if start is None else describe(start)
-        raise ValueError(
-            f"The new rows of params{name} must broadcast to {shape}, but init has "
-            f"{given} for it."
-        ) from None
-    rows = jnp.broadcast_to(jnp.asarray(start, dtype_of(leaf)), shape)
+    what = f"The new rows of params{name}"
+    rows = start_rows(what, start, shape, dtype_of(leaf))
     zeros = jnp.zeros((count, *shape[1:]), rows.dtype)
     kept, added = np.arange(len(leaf)), jnp.arange(len(leaf), count, dtype=jnp.int32)
     with_old = _moved(zeros, leaf, kept.astype(np.int32), kept.astype(np.int32))

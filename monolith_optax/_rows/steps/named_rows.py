@@ -81,6 +81,23 @@ def broadcast(what: str, prefix: Any, params: Any) -> list[Any]:
     return jax.tree.leaves(tree, is_leaf=is_none)
 
 
+def start_rows(what: str, start: Any, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """What `init` gives new rows, in their shape and dtype.
+
+    Raises:
+      ValueError: it gives nothing, or does not broadcast to their shape.
+    """
+    try:
+        if start is None or np.broadcast_shapes(np.shape(start), shape) != shape:
+            raise ValueError
+    except ValueError:
+        given = "None" if start is None else describe(start)
+        raise ValueError(
+            f"{what} must broadcast to {shape}, but init has {given} for it."
+        ) from None
+    return jnp.broadcast_to(jnp.asarray(start, dtype), shape)
+
+
 def is_none(node: Any) -> bool:
     """Whether a node of a tree is None."""
     return node is None

@@ -3,12 +3,11 @@
 from typing import Any, TypeVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.tree_util import keystr
 
-from monolith_optax._leaves import describe, dtype_of
+from monolith_optax._leaves import dtype_of
 from monolith_optax._rows.programs.jaxprs import Program, inlined, needed, trace
 from monolith_optax._rows.programs.row_values import MixesRowsError, Rows, Value
 from monolith_optax._rows.programs.run_on_rows import Runner
@@ -18,6 +17,7 @@ from monolith_optax._rows.steps.named_rows import (
     broadcast,
     is_none,
     named_rows,
+    start_rows,
 )
 from monolith_optax._rows.steps.read_rows import written
 from monolith_optax._rows.steps.slot_owners import slot_owners
@@ -90,16 +90,8 @@ def reset_rows(
 
 def _new_rows(rows: NamedRows, weights: Any, start: Any) -> jax.Array:
     shape = (len(rows.ids), *np.shape(weights)[len(rows.axes) :])
-    try:
-        if start is None or np.broadcast_shapes(np.shape(start), shape) != shape:
-            raise ValueError
-    except ValueError:
-        given = "None" if start is None else describe(start)
-        raise ValueError(
-            f"The new weights of {rows.name} must broadcast to {shape}, but init has "
-            f"{given} for it."
-        ) from None
-    return jnp.broadcast_to(jnp.asarray(start, dtype_of(weights)), shape)
+    what = f"The new weights of {rows.name}"
+    return start_rows(what, start, shape, dtype_of(weights))
 
 
 def _initial_slots(
