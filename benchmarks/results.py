@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 
 class Ratio(NamedTuple):
-    """Our median and that of a peer with the same optimizer."""
+    """Our median and that of another side with the same optimizer."""
 
     tables: int
     what: str
@@ -28,11 +28,11 @@ def cases(results: Any, benchmark: str, **sizes: int) -> list[Any]:
     ]
 
 
-def ratios(results: Any) -> list[Ratio]:
+def ratios(results: Any, *, dense: bool = False) -> list[Ratio]:
     """All pairs of one table in the middle of its sizes, and all pairs of many tables.
 
-    A case of 'rows' has one optimizer, so its sides are like for like; dense sides are
-    not peers.
+    A case of 'rows' has one optimizer, so its sides are like for like. Dense sides are
+    not peers: they are here only if asked for.
     """
     of_one = sorted(
         {case["sizes"]["rows"] for case in cases(results, "rows", tables=1)}
@@ -51,7 +51,7 @@ def ratios(results: Any) -> list[Ratio]:
         pairs += [
             Ratio(sizes["tables"], what, ours, ms, peer, figures["median ms"])
             for peer, figures in others
-            if not peer.endswith("dense")
+            if dense or not peer.endswith("dense")
         ]
     return sorted(pairs, key=lambda pair: pair.peer)
 

@@ -61,22 +61,26 @@ def machine(results: Any) -> str:
     )
 
 
-def same_optimizer(results: Any) -> str:
-    """Our time and that of each peer with the same optimizer."""
-    return markdown(
-        ["peer", "size", "ours", "ms", "peer's ms", "ratio"],
-        [
+def overview(_: Any) -> str:
+    """Our time and that of each other side, on all devices that were measured."""
+    lines = []
+    for path in PAGES.values():
+        results = json.loads(path.read_text())
+        device = results["machine"]["device"]
+        lines += [
             [
-                pair.peer,
+                "CPU" if device == "cpu" else device,
                 pair.what,
                 pair.ours,
+                pair.peer,
                 text(pair.ours_ms),
                 text(pair.peer_ms),
                 f"{pair.ratio:.2f}",
             ]
-            for pair in ratios(results)
-        ],
-    )
+            for pair in ratios(results, dense=True)
+        ]
+    columns = ["device", "case", "ours", "peer", "ours, ms", "peer, ms", "ratio"]
+    return markdown(columns, lines)
 
 
 def growing(results: Any) -> str:
@@ -143,7 +147,7 @@ TABLES: dict[str, Callable[[Any], str]] = {
     make.__name__: make
     for make in (
         machine,
-        same_optimizer,
+        overview,
         growing,
         tables,
         dense,
