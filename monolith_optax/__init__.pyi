@@ -25,6 +25,9 @@ from monolith_optax._optimizers.stochastic_rounding import (
 )
 from monolith_optax._rows.gradients.sparse_tables import sparse_tables as sparse_tables
 from monolith_optax._rows.gradients.value_and_row_grad import (
+    ValueAndRowGrad as ValueAndRowGrad,
+)
+from monolith_optax._rows.gradients.value_and_row_grad import (
     value_and_row_grad as value_and_row_grad,
 )
 from monolith_optax._rows.slices.bag_lookup import bag_lookup as bag_lookup

@@ -16,12 +16,15 @@ from monolith_optax._public import public_state
 class AdamomState(NamedTuple):
     """The state of `adamom`.
 
+    Slots are trees like the parameters, of float32 arrays, or float64 for float64
+    parameters, unless `slot_dtype` says otherwise.
+
     Attributes:
       count: int32 scalar, the steps taken so far; it drives a schedule.
-      m: the momentum, a slot for each parameter.
-      v: the decayed sum of squared gradients, a slot for each parameter.
-      c: the decayed count of gradients that `v` is divided by, a slot for each
-        parameter, or one scalar for all with `compact_c`.
+      m: the momentum, of the parameter's shape.
+      v: the decayed sum of squared gradients, of the parameter's shape.
+      c: the decayed count of gradients that `v` is divided by, of the parameter's
+        shape, or one scalar for all with `compact_c`.
     """
 
     count: jax.Array  # type: ignore[assignment]  # tuple.count gives way
@@ -106,7 +109,9 @@ def adamom(
     References:
       Liu et al., `Monolith: Real Time Recommendation System With Collisionless
       Embedding Table <https://arxiv.org/abs/2209.07663>`_, 2022, and the kernel
-      `ResourceApplyAdamom` of `Monolith <https://github.com/bytedance/monolith>`_.
+      `ResourceApplyAdamom` of `Monolith <https://github.com/bytedance/monolith>`_. At
+      commit 135c491 the rule is in
+      `monolith/native_training/optimizers/cc/kernels/training_ops.cc`.
     """
 
     def rule(

@@ -15,12 +15,15 @@ from monolith_optax._public import public_state
 class RmspropState(NamedTuple):
     """The state of `rmsprop`.
 
+    Slots are trees like the parameters, of float32 arrays, or float64 for float64
+    parameters, unless `slot_dtype` says otherwise.
+
     Attributes:
       count: int32 scalar, the steps taken so far; it drives a schedule.
-      m: the momentum, a slot for each parameter. It holds scaled steps: what the last
+      m: the momentum, of the parameter's shape. It holds scaled steps: what the last
         update subtracted from the parameter.
-      v: the decayed average (with `use_v2`: sum) of squared gradients, a slot for each
-        parameter.
+      v: the decayed average (with `use_v2`: sum) of squared gradients, of the
+        parameter's shape.
     """
 
     count: jax.Array  # type: ignore[assignment]  # tuple.count gives way
@@ -111,7 +114,8 @@ def rmsprop(
       Tieleman and Hinton, `Lecture 6.5: rmsprop
       <http://www.cs.toronto.edu/~tijmen/csc321/slides/lecture_slides_lec6.pdf>`_, 2012,
       and the kernel `ResourceApplyRmsprop` of `Monolith
-      <https://github.com/bytedance/monolith>`_.
+      <https://github.com/bytedance/monolith>`_. At commit 135c491 the rule is in
+      `monolith/native_training/optimizers/cc/kernels/training_ops.cc`.
     """
 
     def rule(

@@ -129,7 +129,8 @@ def shampoo(
     References:
       Gupta et al., `Shampoo: Preconditioned Stochastic Tensor Optimization
       <https://arxiv.org/abs/1802.09568>`_, 2018, and `ShampooOptimizer` of `Monolith
-      <https://github.com/bytedance/monolith>`_.
+      <https://github.com/bytedance/monolith>`_. At commit 135c491 the rule is in
+      `monolith/native_training/optimizers/shampoo.py`.
     """
     checks.check_learning_rate(learning_rate)
     for name, value in {"beta_1": beta_1, "beta_2": beta_2}.items():

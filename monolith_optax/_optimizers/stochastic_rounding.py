@@ -77,7 +77,8 @@ def stochastic_rounding(
       Gupta et al., `Deep Learning with Limited Numerical Precision
       <https://arxiv.org/abs/1502.02551>`_, 2015. Monolith's
       `StochasticRoundingFloat16OptimizerWrapper` rounds to float16; its noise stays
-      below 0.2747, so that it rounds up too often.
+      below 0.2747, so that it rounds up too often. At commit 135c491 the rule is in
+      `monolith/native_training/runtime/hash_table/optimizer/stochastic_rounding.h`.
     """
     if np.shape(seed) or not jnp.issubdtype(dtype_of(seed), jnp.integer):
         raise ValueError(f"seed must be one integer, but it is {describe(seed)}.")

@@ -16,11 +16,14 @@ from monolith_optax._public import public_state
 class AdadeltaState(NamedTuple):
     """The state of `adadelta`.
 
+    Slots are trees like the parameters, of float32 arrays, or float64 for float64
+    parameters.
+
     Attributes:
       count: int32 scalar, the steps taken so far; it drives a schedule.
-      accum: the average of squared gradients, a slot for each parameter.
-      accum_update: the average of squared steps before the learning rate, a slot for
-        each parameter.
+      accum: the average of squared gradients, of the parameter's shape.
+      accum_update: the average of squared steps before the learning rate, of the
+        parameter's shape.
     """
 
     count: jax.Array  # type: ignore[assignment]  # tuple.count gives way
@@ -80,7 +83,8 @@ def adadelta(
     References:
       Zeiler, `ADADELTA: An Adaptive Learning Rate Method
       <https://arxiv.org/abs/1212.5701>`_, 2012, and `AdadeltaOptimizer` of `Monolith
-      <https://github.com/bytedance/monolith>`_.
+      <https://github.com/bytedance/monolith>`_. At commit 135c491 the rule is in
+      `monolith/native_training/runtime/hash_table/optimizer/adadelta_optimizer.cc`.
     """
 
     def rule(

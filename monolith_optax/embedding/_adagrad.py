@@ -20,9 +20,12 @@ from monolith_optax.embedding._avx import in_blocks_of_8
 class AdagradState(NamedTuple):
     """The state of `adagrad`.
 
+    Slots are trees like the parameters, of float32 arrays, or float64 for float64
+    parameters.
+
     Attributes:
       count: int32 scalar, the steps taken so far; it drives a schedule.
-      norm: the sum of squared gradients, a slot for each parameter.
+      norm: the sum of squared gradients, of the parameter's shape.
     """
 
     count: jax.Array  # type: ignore[assignment]  # tuple.count gives way
@@ -80,7 +83,9 @@ def adagrad(
     References:
       Duchi et al., `Adaptive Subgradient Methods for Online Learning and Stochastic
       Optimization <https://jmlr.org/papers/v12/duchi11a.html>`_, 2011, and
-      `AdagradOptimizer` of `Monolith <https://github.com/bytedance/monolith>`_.
+      `AdagradOptimizer` of `Monolith <https://github.com/bytedance/monolith>`_. At
+      commit 135c491 the rule is in
+      `monolith/native_training/runtime/hash_table/optimizer/adagrad_optimizer.cc`.
     """
     checks.check_hyperparameter("initial_accumulator_value", initial_accumulator_value)
 

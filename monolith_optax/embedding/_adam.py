@@ -17,12 +17,15 @@ from monolith_optax._public import public_state
 class AdamState(NamedTuple):
     """The state of `adam`.
 
+    Slots are trees like the parameters, of float32 arrays, or float64 for float64
+    parameters.
+
     Attributes:
       count: int32 scalar, the steps taken so far; it drives a schedule.
-      m: the average of gradients, a slot for each parameter.
-      v: the average of squared gradients, a slot for each parameter.
-      beta1_power: `beta1` to the power of the steps of this row and one, an array of
-        shape `(rows,)` for each parameter.
+      m: the average of gradients, of the parameter's shape.
+      v: the average of squared gradients, of the parameter's shape.
+      beta1_power: `beta1` to the power of the steps of this row and one, of shape
+        `(rows,)`.
       beta2_power: the same of `beta2`.
     """
 
@@ -96,7 +99,8 @@ def adam(
     References:
       Kingma and Ba, `Adam: A Method for Stochastic Optimization
       <https://arxiv.org/abs/1412.6980>`_, 2014, and `AdamOptimizer` of `Monolith
-      <https://github.com/bytedance/monolith>`_.
+      <https://github.com/bytedance/monolith>`_. At commit 135c491 the rule is in
+      `monolith/native_training/runtime/hash_table/optimizer/adam_optimizer.cc`.
     """
 
     def rule(

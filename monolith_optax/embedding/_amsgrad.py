@@ -17,13 +17,16 @@ from monolith_optax._public import public_state
 class AmsgradState(NamedTuple):
     """The state of `amsgrad`.
 
+    Slots are trees like the parameters, of float32 arrays, or float64 for float64
+    parameters.
+
     Attributes:
       count: int32 scalar, the steps taken so far; it drives a schedule.
-      m: the average of gradients, a slot for each parameter.
-      v: the average of squared gradients, a slot for each parameter.
-      vhat: the largest `v` so far, a slot for each parameter.
-      beta1_power: `beta1` to the power of the steps of this row and one, an array of
-        shape `(rows,)` for each parameter.
+      m: the average of gradients, of the parameter's shape.
+      v: the average of squared gradients, of the parameter's shape.
+      vhat: the largest `v` so far, of the parameter's shape.
+      beta1_power: `beta1` to the power of the steps of this row and one, of shape
+        `(rows,)`.
       beta2_power: the same of `beta2`.
     """
 
@@ -99,7 +102,8 @@ def amsgrad(
     References:
       Reddi et al., `On the Convergence of Adam and Beyond
       <https://openreview.net/forum?id=ryQu7f-RZ>`_, 2018, and `AmsgradOptimizer` of
-      `Monolith <https://github.com/bytedance/monolith>`_.
+      `Monolith <https://github.com/bytedance/monolith>`_. At commit 135c491 the rule is
+      in `monolith/native_training/runtime/hash_table/optimizer/amsgrad_optimizer.cc`.
     """
 
     def rule(

@@ -19,10 +19,12 @@ from monolith_optax._public import public_state
 class BatchSoftmaxState(NamedTuple):
     """The state of `batch_softmax`.
 
+    The slot is a tree like the parameters.
+
     Attributes:
       count: int32 scalar, the steps taken so far; it drives a schedule.
-      global_step: the global step at which a row was last touched, an int32 array of
-        shape `(rows,)` for each parameter.
+      global_step: the global step at which a row was last touched, int32 of shape
+        `(rows,)`.
     """
 
     count: jax.Array  # type: ignore[assignment]  # tuple.count gives way
@@ -81,7 +83,9 @@ def batch_softmax(
     References:
       Yi et al., `Sampling-Bias-Corrected Neural Modeling for Large Corpus Item
       Recommendations <https://research.google/pubs/pub48840>`_, 2019, and
-      `BatchSoftmaxOptimizer` of `Monolith <https://github.com/bytedance/monolith>`_.
+      `BatchSoftmaxOptimizer` of `Monolith <https://github.com/bytedance/monolith>`_. At
+      commit 135c491 the rule is in
+      `monolith/native_training/runtime/hash_table/optimizer/batch_softmax_optimizer.cc`.
     """
 
     def rule(

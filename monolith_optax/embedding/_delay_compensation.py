@@ -59,7 +59,9 @@ def delay_compensation(
     References:
       Zheng et al., `Asynchronous Stochastic Gradient Descent with Delay Compensation
       <https://arxiv.org/abs/1609.08326>`_, 2017, and Monolith's wrapper of its
-      embedding tables' optimizers, which nothing in its published code calls.
+      embedding tables' optimizers, which nothing in its published code calls. At commit
+      135c491 the rule is in
+      `monolith/native_training/runtime/hash_table/optimizer/dc_optimizer.cc`.
     """
     checks.check_hyperparameter("lambda_", lambda_)
     inner = optax.with_extra_args_support(inner)

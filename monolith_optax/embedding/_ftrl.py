@@ -17,11 +17,14 @@ from monolith_optax._public import public_state
 class FtrlState(NamedTuple):
     """The state of `ftrl`.
 
+    Slots are trees like the parameters, of float32 arrays, or float64 for float64
+    parameters.
+
     Attributes:
       count: int32 scalar, the steps taken so far; it drives a schedule.
-      norm: the sum of squared gradients, a slot for each parameter.
-      zero: the sum of gradients, corrected so that the weight follows from it, a slot
-        for each parameter.
+      norm: the sum of squared gradients, of the parameter's shape.
+      zero: the sum of gradients, corrected so that the weight follows from it, of the
+        parameter's shape.
     """
 
     count: jax.Array  # type: ignore[assignment]  # tuple.count gives way
@@ -98,6 +101,8 @@ def ftrl(
       McMahan et al., `Ad Click Prediction: a View from the Trenches
       <https://research.google/pubs/ad-click-prediction-a-view-from-the-trenches>`_,
       2013, and `FtrlOptimizer` of `Monolith <https://github.com/bytedance/monolith>`_.
+      At commit 135c491 the rule is in
+      `monolith/native_training/runtime/hash_table/optimizer/ftrl_optimizer.cc`.
     """
     checks.check_hyperparameter("initial_accumulator_value", initial_accumulator_value)
 

@@ -18,10 +18,13 @@ from monolith_optax._public import public_state
 class GroupAdagradState(NamedTuple):
     """The state of `group_adagrad`.
 
+    Slots are trees like the parameters, of float32 arrays, or float64 for float64
+    parameters.
+
     Attributes:
       count: int32 scalar, the steps taken so far; it drives a schedule.
-      grad_square_sum: the sum of each step's largest squared gradient in a row, an
-        array of shape `(rows,)` for each parameter.
+      grad_square_sum: the sum of each step's largest squared gradient in a row, of
+        shape `(rows,)`.
     """
 
     count: jax.Array  # type: ignore[assignment]  # tuple.count gives way
@@ -93,7 +96,8 @@ def group_adagrad(
       CTR Prediction <https://arxiv.org/abs/2107.14432>`_, 2021, and
       `AdaGradWithGroupLassoOptimizer` of `Monolith
       <https://github.com/bytedance/monolith>`_, whose equations are these in another
-      order.
+      order. At commit 135c491 the rule is in
+      `monolith/native_training/runtime/hash_table/optimizer/group_adagrad_optimizer.cc`.
     """
     checks.check_hyperparameter("initial_accumulator_value", initial_accumulator_value)
 

@@ -18,11 +18,14 @@ from monolith_optax.embedding._avx import in_blocks_of_8
 class GroupFtrlState(NamedTuple):
     """The state of `group_ftrl`.
 
+    Slots are trees like the parameters, of float32 arrays, or float64 for float64
+    parameters.
+
     Attributes:
       count: int32 scalar, the steps taken so far; it drives a schedule.
-      norm: the sum of squared gradients, a slot for each parameter.
-      zero: the sum of gradients, corrected so that the weight follows from it, a slot
-        for each parameter.
+      norm: the sum of squared gradients, of the parameter's shape.
+      zero: the sum of gradients, corrected so that the weight follows from it, of the
+        parameter's shape.
     """
 
     count: jax.Array  # type: ignore[assignment]  # tuple.count gives way
@@ -99,7 +102,8 @@ def group_ftrl(
 
     References:
       `FTRLWithGroupSparsityOptimizer` of `Monolith
-      <https://github.com/bytedance/monolith>`_.
+      <https://github.com/bytedance/monolith>`_. At commit 135c491 the rule is in
+      `monolith/native_training/runtime/hash_table/optimizer/group_ftrl_optimizer.cc`.
     """
     checks.check_hyperparameter("initial_accumulator_value", initial_accumulator_value)
 

@@ -15,9 +15,12 @@ from monolith_optax._public import public_state
 class MomentumState(NamedTuple):
     """The state of `momentum`.
 
+    Slots are trees like the parameters, of float32 arrays, or float64 for float64
+    parameters.
+
     Attributes:
       count: int32 scalar, the steps taken so far; it drives a schedule.
-      n: the momentum, which is what the last step added, a slot for each parameter.
+      n: the momentum, which is what the last step added, of the parameter's shape.
     """
 
     count: jax.Array  # type: ignore[assignment]  # tuple.count gives way
@@ -79,7 +82,9 @@ def momentum(
       [0.71 0.71 0.71] [-0.19 -0.19 -0.19]
 
     References:
-      `MomentumOptimizer` of `Monolith <https://github.com/bytedance/monolith>`_.
+      `MomentumOptimizer` of `Monolith <https://github.com/bytedance/monolith>`_. At
+      commit 135c491 the rule is in
+      `monolith/native_training/runtime/hash_table/optimizer/momentum_optimizer.cc`.
     """
 
     def rule(

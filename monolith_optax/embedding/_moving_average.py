@@ -60,6 +60,8 @@ def moving_average(
 
     References:
       `MovingAverageOptimizer` of `Monolith <https://github.com/bytedance/monolith>`_.
+      At commit 135c491 the rule is in
+      `monolith/native_training/runtime/hash_table/optimizer/moving_average_optimizer.cc`.
     """
 
     def rule(

@@ -15,9 +15,12 @@ from monolith_optax._public import public_state
 class RmspropState(NamedTuple):
     """The state of `rmsprop`.
 
+    Slots are trees like the parameters, of float32 arrays, or float64 for float64
+    parameters.
+
     Attributes:
       count: int32 scalar, the steps taken so far; it drives a schedule.
-      n: the average of squared gradients, a slot for each parameter.
+      n: the average of squared gradients, of the parameter's shape.
     """
 
     count: jax.Array  # type: ignore[assignment]  # tuple.count gives way
@@ -69,7 +72,9 @@ def rmsprop(
       [-0.5 -0.5 -0.5] [9. 9. 9.]
 
     References:
-      `RmspropOptimizer` of `Monolith <https://github.com/bytedance/monolith>`_.
+      `RmspropOptimizer` of `Monolith <https://github.com/bytedance/monolith>`_. At
+      commit 135c491 the rule is in
+      `monolith/native_training/runtime/hash_table/optimizer/rmsprop_optimizer.cc`.
     """
 
     def rule(

@@ -17,10 +17,12 @@ from monolith_optax._public import public_state
 class RowwiseAdagradState(NamedTuple):
     """The state of `rowwise_adagrad`.
 
+    Slots are trees like the parameters, of float32 arrays, or float64 for float64
+    parameters.
+
     Attributes:
       count: int32 scalar, the steps taken so far; it drives a schedule.
-      sum_square: the sum of mean squared gradients, an array of shape `(num_rows,)`
-        for each parameter.
+      sum_square: the sum of mean squared gradients, of shape `(rows,)`.
     """
 
     count: jax.Array  # type: ignore[assignment]  # tuple.count gives way

@@ -55,7 +55,9 @@ def sgd(
       [0.8 0.8 0.8]
 
     References:
-      `SgdOptimizer` of `Monolith <https://github.com/bytedance/monolith>`_.
+      `SgdOptimizer` of `Monolith <https://github.com/bytedance/monolith>`_. At commit
+      135c491 the rule is in
+      `monolith/native_training/runtime/hash_table/optimizer/sgd_optimizer.cc`.
     """
 
     def rule(

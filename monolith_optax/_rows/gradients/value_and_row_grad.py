@@ -5,12 +5,14 @@ with a zero added to each row that they take (`add_zeros.py`). The gradients of 
 zeros are those of the rows.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
 
+from monolith_optax._public import public
 from monolith_optax._rows.gradients.add_zeros import add
 from monolith_optax._rows.gradients.choose_tables import Choice, choose
 from monolith_optax._rows.gradients.lookup_tree import Found, for_each, lookups_of
@@ -78,9 +80,9 @@ def value_and_row_grad(
         be False in `tables`; by default any gradient may be dense.
 
     Returns:
-      A function of the same arguments that returns the value, or the pair, and the
-      gradients. Its method `explain`, of the same arguments, says of each leaf of
-      params whether its gradient is rows or dense, and why.
+      A `ValueAndRowGrad`: a function of the same arguments that returns the value, or
+      the pair, and the gradients. Its method `explain`, of the same arguments, says of
+      each leaf of params whether its gradient is rows or dense, and why.
 
     Raises:
       ValueError: (when called) tables is not a prefix of params, or names a scalar, or
@@ -105,8 +107,23 @@ def value_and_row_grad(
     return ValueAndRowGrad(fun, tables, argnums, has_aux, max_dense_rows)
 
 
+@public("monolith_optax")
 class ValueAndRowGrad(Generic[Params, Others, Result]):
-    """The function that `value_and_row_grad` makes."""
+    """The function that `value_and_row_grad` makes.
+
+    It has the name, the docstring and the signature of the function whose gradients it
+    takes, as those of `jax.value_and_grad` do. Make it with `value_and_row_grad`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from monolith_optax import value_and_row_grad
+      >>> def loss(table, ids):
+      ...     return table[ids].sum()
+      >>> grad = value_and_row_grad(loss)
+      >>> value, gradients = grad(jnp.ones((4, 1)), jnp.array([3]))
+      >>> print(grad.__name__, value, gradients.ids)
+      loss 1.0 [3]
+    """
 
     def __init__(
         self,
@@ -116,6 +133,7 @@ class ValueAndRowGrad(Generic[Params, Others, Result]):
         has_aux: bool,
         max_dense_rows: int | None,
     ) -> None:
+        functools.update_wrapper(self, fun, updated=())
         self._fun, self._tables, self._argnums = fun, tables, argnums
         self._has_aux, self._max_dense_rows = has_aux, max_dense_rows
 
@@ -133,7 +151,22 @@ class ValueAndRowGrad(Generic[Params, Others, Result]):
     def __call__(
         self, params: Params, *args: Others.args, **kwargs: Others.kwargs
     ) -> tuple[Result, Any]:
-        """The value of the function, or the pair, and the gradients."""
+        """The value of the function, or the pair, and the gradients.
+
+        Args:
+          params: a tree of arrays, some of which are tables. With several `argnums`,
+            params are these arguments.
+          *args: what the function takes besides params.
+          **kwargs: what it takes by name.
+
+        Returns:
+          A pair of the value, or the pair that the function returns, and a tree like
+          params: `RowSlices` for tables, arrays for other leaves.
+
+        Raises:
+          ValueError: `tables` or `max_dense_rows` do not fit what the function does.
+          TypeError: the function does not return a scalar, or a pair.
+        """
         loss, choice = self._chosen((params, *args), kwargs)
         (value, aux), gradients = _differentiate(loss, choice)
         result: Any = (value, loss.with_arrays(aux)) if self._has_aux else value
@@ -151,6 +184,21 @@ class ValueAndRowGrad(Generic[Params, Others, Result]):
 
         Returns:
           A line for each leaf of params.
+
+        Raises:
+          ValueError: `tables` does not fit what the function does.
+          TypeError: the function does not return a scalar, or a pair.
+
+        Example:
+          >>> import jax.numpy as jnp
+          >>> from monolith_optax import value_and_row_grad
+          >>> def loss(params, ids):
+          ...     return (params["items"][ids] @ params["scale"]).sum()
+          >>> params = {"items": jnp.ones((1000, 2)), "scale": jnp.ones(2)}
+          >>> grad = value_and_row_grad(loss)
+          >>> print(grad.explain(params, jnp.array([5, 7])))  # doctest: +ELLIPSIS
+          items: rows, looked up by gather at ...
+          scale: dense, as it is used by dot_general at ...
         """
         loss = self._traced((params, *args), kwargs)
         choice = choose(loss, None)

@@ -130,7 +130,11 @@ class RowSlices(metaclass=_Named):
 
     @property
     def ids(self) -> jax.Array:
-        """The row ids, int32."""
+        """The row ids, int32.
+
+        Raises:
+          TypeError: a function that maps over leaves has replaced them.
+        """
         if not is_opaque(self._ids):
             raise TypeError(
                 f"The row ids of RowSlices have become {_describe(self._ids)}: a "
@@ -147,20 +151,50 @@ class RowSlices(metaclass=_Named):
         return self.rows.shape[len(self._ids.shape) :]
 
     def with_rows(self, rows: ArrayLike) -> "RowSlices":
-        """Other rows for the same ids."""
+        """Other rows for the same ids.
+
+        Args:
+          rows: a floating-point array whose first axes are those of the ids. Rows may
+            have another shape and dtype than those of these slices.
+
+        Returns:
+          New slices.
+
+        Raises:
+          ValueError: the first axes are not those of the ids, or the dtype is not a
+            floating-point one.
+        """
         children = self._ids, jnp.asarray(rows), self._placement
         slices = RowSlices.tree_unflatten(None, children)
         _check(slices)
         return slices
 
     def astype(self, dtype: DTypeLike) -> "RowSlices":
-        """The slices with rows of another dtype."""
+        """The slices with rows of another dtype.
+
+        Args:
+          dtype: a floating-point dtype.
+
+        Returns:
+          New slices.
+
+        Raises:
+          ValueError: the dtype is not a floating-point one.
+        """
         return self.with_rows(self.rows.astype(dtype))
 
     def to_dense(self, num_rows: int | tuple[int, ...]) -> jax.Array:
-        """The table of `num_rows` rows that the slices stand for.
+        """The table that the slices stand for: zeros, and the sums of the rows.
 
-        A stack of tables has a tuple of numbers, such as `(tables, rows)`.
+        Args:
+          num_rows: how many rows the table has. For a stack of tables, a tuple such as
+            `(tables, rows)`. Ids beyond it are padding.
+
+        Returns:
+          An array of shape `(num_rows, *row_shape)` in the dtype of the rows.
+
+        Raises:
+          TypeError: the ids have been replaced by a function that maps over leaves.
         """
         wide = at_least_float32(self.rows.dtype)
         axes = num_rows if isinstance(num_rows, tuple) else (num_rows,)
@@ -169,7 +203,18 @@ class RowSlices(metaclass=_Named):
 
     @staticmethod
     def concatenate(slices: "Sequence[RowSlices]") -> "RowSlices":
-        """The sum of slices of one table: several lookups, or several batches."""
+        """The sum of slices of one table: several lookups, or several batches.
+
+        Args:
+          slices: at least one, with rows of one shape.
+
+        Returns:
+          Slices of all ids and rows, one after the other.
+
+        Raises:
+          ValueError: there are none, their rows have several shapes, or only some of
+            them are of a table that is spread over devices.
+        """
         row_shapes = {part.row_shape for part in slices}
         if len(row_shapes) != 1:
             raise ValueError(
@@ -193,7 +238,18 @@ class RowSlices(metaclass=_Named):
     @overload
     def __add__(self, other: ArrayLike) -> jax.Array: ...
     def __add__(self, other: Any) -> Any:
-        """`slices + slices` are slices, `table + slices` is a table, in its dtype."""
+        """`slices + slices` are slices, `table + slices` is a table, in its dtype.
+
+        Args:
+          other: other slices of the same table, or the table, of floating point.
+
+        Returns:
+          Slices of the ids and rows of both, or the table with the rows added.
+
+        Raises:
+          ValueError: the rows do not fit the other rows or the table, or the table has
+            no floating-point dtype.
+        """
         if isinstance(other, RowSlices):
             return RowSlices.concatenate([self, other])
         table = jnp.asarray(other)
@@ -218,7 +274,10 @@ class RowSlices(metaclass=_Named):
     @overload
     def __sub__(self, other: ArrayLike) -> jax.Array: ...
     def __sub__(self, other: Any) -> Any:
-        """`slices - slices` are slices, `slices - table` is a table."""
+        """`slices - slices` are slices, `slices - table` is a table.
+
+        Args and errors are those of `+`.
+        """
         return self + -other
 
     def __rsub__(self, table: ArrayLike) -> jax.Array:
@@ -227,13 +286,33 @@ class RowSlices(metaclass=_Named):
         return difference
 
     def __mul__(self, scalar: ArrayLike) -> "RowSlices":
-        """The slices scaled by a number, in the dtype of their rows."""
+        """The slices scaled by a number, in the dtype of their rows.
+
+        Args:
+          scalar: a number or an array of shape ().
+
+        Returns:
+          New slices.
+
+        Raises:
+          ValueError: it is an array with axes.
+        """
         return self._scaled(jnp.multiply, scalar)
 
     __rmul__ = __mul__
 
     def __truediv__(self, scalar: ArrayLike) -> "RowSlices":
-        """The slices divided by a number, in the dtype of their rows."""
+        """The slices divided by a number, in the dtype of their rows.
+
+        Args:
+          scalar: a number or an array of shape ().
+
+        Returns:
+          New slices.
+
+        Raises:
+          ValueError: it is an array with axes.
+        """
         return self._scaled(jnp.divide, scalar)
 
     def __neg__(self) -> "RowSlices":

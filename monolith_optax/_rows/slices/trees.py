@@ -92,6 +92,11 @@ def global_norm(tree: Any) -> jax.Array:
     Returns:
       A scalar, float32 or wider.
 
+    Raises:
+      TypeError: the ids of slices have been replaced by a function that maps over
+        leaves, or a leaf is not an array of numbers.
+      ValueError: slices of a spread table have been reshaped.
+
     Example:
       >>> import jax.numpy as jnp
       >>> from monolith_optax import RowSlices, global_norm
@@ -141,6 +146,11 @@ def psum(tree: Tree, axis_name: Any) -> Tree:
     Returns:
       The same tree, of sums.
 
+    Raises:
+      ValueError: slices are those of a table that is spread over devices, whose
+        gradient covers the whole batch already.
+      NameError: there is no axis of this name.
+
     Example:
       >>> import jax
       >>> import jax.numpy as jnp
@@ -183,6 +193,11 @@ def pmean(tree: Tree, axis_name: Any) -> Tree:
     Returns:
       The same tree, of means: those of slices are concatenated, as in `psum`, and
       divided by the number of devices.
+
+    Raises:
+      ValueError: slices are those of a table that is spread over devices, whose
+        gradient covers the whole batch already.
+      NameError: there is no axis of this name.
 
     Example:
       >>> import jax

@@ -57,7 +57,11 @@ def lazy_rows(
         the rows of the batch if each of its operations allows that.
 
     Returns:
-      An `optax.GradientTransformationExtraArgs` whose state is the inner one's.
+      An `optax.GradientTransformationExtraArgs` whose state is the inner one's. Its
+      `update(updates, state, params, **extra_args)` takes the gradients, a tree like
+      params with a `RowSlices` for each table and arrays for other leaves, the state
+      and the params. It returns the updates, of the same kinds, and the new state.
+      Extra arguments reach `inner` as they are and must not hold slices.
 
     Raises:
       ValueError: (`update`) an operation of the inner optimizer needs rows that are not

@@ -12,7 +12,13 @@ import pytest
 from choosing import sampled
 from law import check, normal, rows_of
 
-from monolith_optax import RowSlices, adamom, lazy_rows, value_and_row_grad
+from monolith_optax import (
+    RowSlices,
+    ValueAndRowGrad,
+    adamom,
+    lazy_rows,
+    value_and_row_grad,
+)
 
 TABLES = {"user": True, "items": {"item": True}, "mlp": False}
 USERS, PAIRS = jnp.array([0, 6, 0]), jnp.array([[1, 2], [1, 1], [10, 0]])
@@ -53,6 +59,27 @@ def test_gradients_are_jaxs(params, jit, tables):
     )
     assert gradients["user"].ids.tolist() == [0, 6, 0]
     assert gradients["items"]["item"].rows.shape == (9, 4)
+
+
+def test_it_looks_like_the_function_whose_gradients_it_takes():
+    grad = value_and_row_grad(loss)
+    assert isinstance(grad, ValueAndRowGrad)
+    assert (grad.__name__, grad.__doc__) == (loss.__name__, loss.__doc__)
+    assert inspect.signature(grad) == inspect.signature(loss)
+
+
+def test_a_function_with_fields_is_not_copied():
+    class Loss:
+        _fun = None
+
+        def __init__(self):
+            self._tables, self._argnums = "mine", "mine"
+
+        def __call__(self, table, ids):
+            return table[ids].sum()
+
+    _, gradient = value_and_row_grad(Loss())(jnp.ones((4, 1)), jnp.array([3]))
+    assert gradient.ids.tolist() == [3]
 
 
 def test_keyword_arguments_are_passed_on(params):
