@@ -1,4 +1,19 @@
-"""Equations as lookups: those that take rows of a table, and those that add to them."""
+"""Equations as lookups: those that take rows of a table, and those that add to them.
+
+Three operations take rows: `gather`, and with a table of shape (100, 4)
+
+    a:f32[2,4] = dynamic_slice[slice_sizes=(2, 4)] table i 0
+    b:f32[3,4] = slice[start_indices=(10, 0) limit_indices=(16, 4) strides=(2, 1)] table
+
+- `a` is a gather without a batch, of a window of two whole rows: sizes (2, 4), and one
+  index, which has an entry for each axis. As `dynamic_slice` moves windows inside the
+  table, its mode is CLIP. The ids are those of the window, `i` and `i + 1`.
+- `b` is a gather of the ids 10, 12 and 14, with the batch (3,) and the sizes (1, 4).
+  Its columns, all of them here, are taken from the rows later (`sliced_columns`).
+
+`scattered` goes the other way: a `scatter-add` into zeros is the gradient of a lookup,
+whose numbers are those of the scatter under other names.
+"""
 
 import math
 from collections.abc import Collection, Sequence

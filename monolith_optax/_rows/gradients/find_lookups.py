@@ -1,7 +1,27 @@
 """Finding the lookups of tables in a traced program, and the leaves that are tables.
 
 The program is read, not run: all that is known of a value is whose image it is
-(`row_images.py`), or else whether it depends on data.
+(`row_images.py`), or else whether it depends on data. A loss that casts half of a table
+`t` before it looks ids up, and multiplies the rows by `w`, has this program:
+
+    d:f32[100,4] = mul t 0.5
+    e:bf16[100,4] = convert_element_type[new_dtype=bfloat16] d
+    i:i32[3,1] = broadcast_in_dim[broadcast_dimensions=(0,)] ids
+    j:bf16[3,4] = gather[slice_sizes=(1, 4)] e i
+    k:bf16[3] = dot_general[dimension_numbers=(([1], [0]), ([], []))] j w
+
+- `t` and `w` may both be tables, so both are `Parameter`s. The ids are True: data.
+- `mul` keeps rows apart, so `d` is an `Image` of `t`, and so is `e`. The tree of
+  lookups gets a `Node` for each of them, which says how their rows follow.
+- `broadcast_in_dim` is given no image. All there is to say of `i` is that it is data.
+- `gather` looks `e` up: it is a construct, and `constructs.Lookup` describes which
+  rows it takes. The indices are data, so `t` may be a table. The tree gets a `Node`
+  with this lookup, and `j` is True, data like any other.
+- `dot_general` is not known to keep rows of `w` apart, so `w` is refused, and this is
+  the reason that `explain` gives. `choose_tables.py` searches again without it.
+
+`add_zeros.py` runs the program by this tree: it computes neither `d` nor `e`, fetches
+the rows of `t` in place of `j`, adds zeros, and halves and casts only these rows.
 """
 
 import dataclasses

@@ -3,6 +3,24 @@
 Every lookup is described as a gather (`as_gather.py` says which). Its row axes are the
 first axes of the table: one, or more if the table is a stack of tables that are looked
 up side by side, as `jax.vmap` does it. A row id then counts through all of them.
+
+`table[ids, 1:3]`, of a table of shape (100, 4), is this program:
+
+    i:i32[2,2] = concatenate[dimension=1] ids ones
+    j:f32[2,2] = gather[
+      dimension_numbers=GatherDimensionNumbers(
+        offset_dims=(1,), collapsed_slice_dims=(0,), start_index_map=(0, 1))
+      slice_sizes=(1, 2)
+    ] table i
+
+It is a `Lookup` with the batch (2,), the sizes (1, 2) and one row axis.
+
+- `ids` takes the ids out of the indices: `start_index_map` says that their first column
+  is along axis 0. It clips them to 0 to 99, and those that this changes are outside.
+- The rows with these ids are fetched, (2, 4), and zeros are added to them.
+- `result` makes of them what the equation gives, (2, 2): the same gather again, of rows
+  that already are in the order of the batch, from column 1 in each. For whole rows,
+  `slice_sizes=(1, 4)`, only axes are put in their order.
 """
 
 import functools

@@ -5,6 +5,18 @@ True. Constants of results are found by applying the same operation to constants
 where one operand decides are there rules: `0 * x` and `0 / x` count as 0 whatever `x`
 is, so where a dense step has NaN in a row without a gradient, because `x` is not a
 number there, a lazy step ignores it. But `x` decides the sign of that 0.
+
+In clipping by a norm and then adagrad, with the gradient `g` and the slot `norm`:
+
+    a = square g            0, as square(0) is
+    b = reduce_sum a        zeros add nothing, so the rows of the batch are enough
+    c = div g (sqrt b)      0 of either sign, as 0 / x is
+    d = mul c c             0 of either sign: that both are the same value is not seen
+    e = add d norm          unknown, as the slot is
+    f = mul (rsqrt e) c     0 of either sign, whatever rsqrt e is
+
+Nothing of this is computed before it is asked for: here only the constant of `a` is, by
+the reduction (`reductions.py`).
 """
 
 import functools

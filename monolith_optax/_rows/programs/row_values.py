@@ -1,4 +1,19 @@
-"""The values that a step on some rows of tables computes with."""
+"""The values that a step on some rows of tables computes with.
+
+Optax's clipping by a norm, traced on a table of shape (100, 4), has these equations.
+With a batch of three rows, `run_on_rows.py` makes of them:
+
+    a:f32[100,4] = square g             Rows: (3, 4), as g is Rows
+    b:f32[100,4] = broadcast_in_dim 0.  Made: as many rows as somebody needs
+    c:f32[100,4] = square b             Made, of b
+    d:f32[100,4] = add a c              Rows: c is asked for rows of g's table here,
+                                        and makes (3, 4) of three rows of b
+    e:f32[] = reduce_sum[axes=(0, 1)] d Whole, a number
+    f:f32[100,4] = div g e              Rows
+
+Only what meets rows of a table is known to need rows of that table. What does not is
+`Later`: it is made for each table that asks for it, or as a whole where none does.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
