@@ -12,6 +12,8 @@ DTYPES = {"ids": np.int64, "rows": np.int32, "counts": np.int32, "last_seen": np
 def problems(arrays: Mapping[str, Any]) -> Iterator[str]:
     """What is wrong with the arrays of a map; only the first message is reliable."""
     names = [*DTYPES, "capacity", "admit_after"]
+    # Maps that were saved by older versions do not say whether they spread rows.
+    names += ["spread"] if "spread" in arrays else []
     if missing := [name for name in names if name not in arrays]:
         yield f"{missing} are missing."
     shape = np.shape(arrays["ids"])
@@ -23,6 +25,8 @@ def problems(arrays: Mapping[str, Any]) -> Iterator[str]:
             yield f"{name} has the dtype {array.dtype} instead of {np.dtype(dtype)}."
     if wrong := [name for name in names[len(DTYPES) :] if np.shape(arrays[name])]:
         yield f"{wrong} are not single numbers."
+    if "spread" in arrays and int(arrays["spread"]) not in (0, 1):
+        yield f"spread is {arrays['spread']} instead of 0 or 1."
     ids, rows, counts = (np.asarray(arrays[name]) for name in ("ids", "rows", "counts"))
     for name, array, end in (
         ("rows", rows, int(arrays["capacity"])),

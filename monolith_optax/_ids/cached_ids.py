@@ -53,7 +53,7 @@ class CachedIds:
     @property
     def numbers(self) -> int:
         """No number from here on has belonged to an id."""
-        return self.ids._next_row
+        return self.ids._next_rank
 
     @property
     def nbytes(self) -> int:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from monolith_optax._ids.arrays import DTYPES, problems
 from monolith_optax._ids.index import NOTHING, IdIndex
 from monolith_optax._ids.raw import as_int64
+from monolith_optax._ids.row_order import Ascending, RowOrder, Spreading
 from monolith_optax._public import public
 
 
@@ -31,10 +32,15 @@ class IdMap:
       admit_after: how many times an id must be seen before it gets a row. Repeats
         within a batch count. If it is more than 1, ids without a row take memory as
         well, until they expire.
+      spread: whether the rows that are handed out one after the other are spread over
+        the table, instead of the smallest first. A table that is split over devices is
+        then used evenly by all of them, however many there are, while it fills up. The
+        table must have all of its rows from the beginning.
 
     Attributes:
       capacity: the number of rows of the table.
       admit_after: how many times an id must be seen before it gets a row.
+      spread: whether rows are handed out all over the table.
       nbytes: the memory that the map takes, in bytes.
 
     Raises:
@@ -57,18 +63,23 @@ class IdMap:
       Liu et al., 2022: [Monolith](https://arxiv.org/abs/2209.07663), section 2.2.1.
     """
 
-    def __init__(self, capacity: int, *, admit_after: int = 1) -> None:
+    def __init__(
+        self, capacity: int, *, admit_after: int = 1, spread: bool = False
+    ) -> None:
         """A map of no ids."""
         self.capacity = _positive("capacity", capacity)
         self.admit_after = _positive("admit_after", admit_after)
+        self.spread = bool(spread)
+        self._order: RowOrder = Spreading(self.capacity) if spread else Ascending()
         self._index = IdIndex()
         self._size = 1  # of the entries in use
         self._ids = np.zeros(1, np.int64)
         # The row of an entry; minus how often it was seen if it has none yet.
         self._rows = np.zeros(1, np.int32)
         self._last_seen = np.zeros(1, np.int64)
-        self._next_row = 1  # no row from here on has had an owner
-        self._freed = np.zeros(0, np.int32)  # rows that had one, largest first
+        # Ranks of rows in the order in which they are handed out.
+        self._next_rank = 1  # none from here on has had an owner
+        self._freed = np.zeros(0, np.int32)  # those that had one, largest first
 
     def assign(
         self, raw: Any, *, time: int = 0
@@ -76,7 +87,7 @@ class IdMap:
         """The rows of ids, after giving rows to those that are due.
 
         Ids get rows in the order in which they first appear in the batch, each the
-        smallest that is free.
+        smallest that is free or, with `spread`, the first in its order that is.
 
         Args:
           raw: 64-bit ids, signed or unsigned, of any shape. An unsigned id is the same
@@ -130,13 +141,13 @@ class IdMap:
         return rows
 
     def _take_rows(self, wanted: int) -> np.ndarray:
-        """Up to that many free rows, the smallest first."""
+        """Up to that many free rows, the first of their order."""
         reused = self._freed[::-1][:wanted]
         self._freed = self._freed[: len(self._freed) - len(reused)]
-        end = min(self.capacity, self._next_row + wanted - len(reused))
-        unused = np.arange(self._next_row, end, dtype=np.int32)
-        self._next_row = end
-        return np.concatenate([reused, unused])
+        end = min(self.capacity, self._next_rank + wanted - len(reused))
+        unused = np.arange(self._next_rank, end, dtype=np.int32)
+        self._next_rank = end
+        return self._order.rows(np.concatenate([reused, unused]))
 
     def _append(
         self, which: np.ndarray, ids: np.ndarray, rows: np.ndarray, time: int
@@ -200,12 +211,13 @@ class IdMap:
         if not keep.all():
             entries = {name: x[keep] for name, x in self._entries().items()}
             self._set_entries(**entries)
-            self._freed = np.sort(np.concatenate([self._freed, freed]))[::-1]
+            ranks = np.concatenate([self._freed, self._order.ranks(freed)])
+            self._freed = np.sort(ranks)[::-1]
         return freed
 
     def __len__(self) -> int:
         """How many ids have a row."""
-        return self._next_row - 1 - len(self._freed)
+        return self._next_rank - 1 - len(self._freed)
 
     def __contains__(self, raw: object) -> bool:
         """Whether an id has a row."""
@@ -232,18 +244,22 @@ class IdMap:
         Returns:
           Copies: `ids` (int64), `rows` (int32, 0 for ids that have none yet), `counts`
           (int32, how often those were seen, else 0) and `last_seen` (int64), all of
-          shape (n,); `capacity` and `admit_after` (int64, shape ()). The first of the n
-          stands for the unknown row, so that no array is ever empty.
+          shape (n,); `capacity`, `admit_after` and, only of a map with `spread`, a 1 of
+          that name (int64, shape ()). The first of the n stands for the unknown row, so
+          that no array is ever empty.
         """
-        return {
-            **self._entries(),
-            "capacity": np.asarray(self.capacity, np.int64),
-            "admit_after": np.asarray(self.admit_after, np.int64),
-        }
+        numbers = {"capacity": self.capacity, "admit_after": self.admit_after}
+        if self.spread:
+            numbers["spread"] = 1
+        of_map = {name: np.asarray(n, np.int64) for name, n in numbers.items()}
+        return {**self._entries(), **of_map}
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, Any]) -> "IdMap":
         """The map that `to_arrays` described, which continues as the original would.
+
+        With a larger `capacity` in the arrays the map is of a table that has grown: ids
+        keep their rows, and all other rows are free.
 
         Args:
           arrays: what `to_arrays` returned. An id of row 0 and count 0 is skipped.
@@ -254,7 +270,11 @@ class IdMap:
         """
         if problem := next(problems(arrays), None):
             raise ValueError(f"These are not the arrays of an IdMap. {problem}")
-        self = cls(int(arrays["capacity"]), admit_after=int(arrays["admit_after"]))
+        self = cls(
+            int(arrays["capacity"]),
+            admit_after=int(arrays["admit_after"]),
+            spread=bool(arrays.get("spread", False)),
+        )
         entries = {name: np.asarray(arrays[name]) for name in DTYPES}
         used = (entries["rows"] > 0) | (entries["counts"] > 0)
         unknown_row_first = np.concatenate([[NOTHING], np.flatnonzero(used)])
@@ -262,10 +282,10 @@ class IdMap:
         for array in entries.values():
             array[NOTHING] = 0
         self._set_entries(**entries)
-        rows = entries["rows"]
-        self._next_row = int(rows.max()) + 1
-        free = np.ones(self._next_row, bool)
-        free[rows] = False
+        ranks = self._order.ranks(entries["rows"])
+        self._next_rank = int(ranks.max()) + 1
+        free = np.ones(self._next_rank, bool)
+        free[ranks] = False
         self._freed = np.flatnonzero(free)[::-1].astype(np.int32)
         return self
 

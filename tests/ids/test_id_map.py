@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from monolith_optax import IdMap, split_ids
+from monolith_optax._ids.row_order import good_step
 
 EXTREMES = [0, 1, -1, 2**53 + 1, 2**63 - 1, -(2**63)]
 
@@ -17,8 +18,12 @@ EXTREMES = [0, 1, -1, 2**53 + 1, 2**63 - 1, -(2**63)]
 class DictMap:
     """The same in plain Python, an id at a time, from the words of the docstring."""
 
-    def __init__(self, capacity, admit_after):
+    def __init__(self, capacity, admit_after, spread=False):
         self.capacity, self.admit_after = capacity, admit_after
+        step = good_step(capacity) if spread else 1
+        order = [rank * step % capacity for rank in range(capacity)]
+        assert sorted(order) == list(range(capacity))
+        self.rank = {row: rank for rank, row in enumerate(order)}
         self.rows, self.counts, self.last_seen = {}, Counter(), {}
 
     def assign(self, batch, time):
@@ -29,7 +34,7 @@ class DictMap:
                 self.counts[one] += repeats[one]
                 free = set(range(1, self.capacity)) - set(self.rows.values())
                 if self.counts[one] >= self.admit_after and free:
-                    self.rows[one] = min(free)
+                    self.rows[one] = min(free, key=self.rank.get)
                     fresh.append(self.rows[one])
             if one in self.rows or self.admit_after > 1:  # else it is not remembered
                 self.last_seen[one] = max(time, self.last_seen.get(one, time))
@@ -48,12 +53,14 @@ class DictMap:
         return freed
 
 
-def random_operations(seed, operations, *, batch, capacity, admit_after, universe):
+def random_operations(
+    seed, operations, *, batch, capacity, admit_after, universe, spread=False
+):
     """Does the same to both maps, and compares them all the time."""
     rng = np.random.default_rng(seed)
     special = np.array(EXTREMES)
-    ids = IdMap(capacity, admit_after=admit_after)
-    plain = DictMap(capacity, admit_after)
+    ids = IdMap(capacity, admit_after=admit_after, spread=spread)
+    plain = DictMap(capacity, admit_after, spread)
     pool = np.concatenate([special, rng.integers(-(2**63), 2**63, universe)])
     done = now = 0
     while done < operations:
@@ -78,12 +85,46 @@ def random_operations(seed, operations, *, batch, capacity, admit_after, univers
     assert dict(ids.items()) == plain.rows
 
 
+@pytest.mark.parametrize("spread", [False, True])
 @pytest.mark.parametrize("admit_after", [1, 2, 5])
 @pytest.mark.parametrize("capacity", [1, 40, 10_000])
-def test_is_a_dict(capacity, admit_after):
-    random_operations(
-        0, 5_000, batch=64, capacity=capacity, admit_after=admit_after, universe=300
-    )
+def test_is_a_dict(capacity, admit_after, spread):
+    options = {"capacity": capacity, "admit_after": admit_after, "spread": spread}
+    random_operations(0, 2_000, batch=64, universe=300, **options)
+
+
+@given(
+    st.sampled_from([2, 3, 8, 256, 1000]),
+    st.integers(1, 1000),
+    st.integers(0, 5000),
+    st.integers(1, 5000),
+)
+def test_any_arrivals_are_spread_over_any_blocks(blocks, rows_each, before, some):
+    ids = IdMap(blocks * rows_each, spread=True)
+    ids.assign(np.arange(before), time=0)
+    rows, _ = ids.assign(before + np.arange(some), time=0)
+    rows = rows[rows > 0]
+    found = np.bincount(rows // rows_each, minlength=blocks)
+    # Without the option the first block would have all of them.
+    assert np.abs(found - len(rows) / blocks).max() < 5
+
+
+def test_a_table_that_has_grown_is_filled_evenly():
+    ids = IdMap(400, spread=True)
+    before, _ = ids.assign(np.arange(399), time=0)
+    ids = IdMap.from_arrays({**ids.to_arrays(), "capacity": np.asarray(800)})
+    rows, _ = ids.assign(np.arange(400) + 2**60, time=0)
+    assert sorted([0, *before, *rows]) == list(range(800))
+    assert ids.lookup(np.arange(399)).tolist() == before.tolist()
+
+
+def test_maps_that_were_saved_before_keep_their_order():
+    ids = IdMap(40)
+    ids.assign([7], time=0)
+    arrays = ids.to_arrays()
+    assert "spread" not in arrays
+    back = IdMap.from_arrays(arrays)
+    assert (back.spread, back.assign([8])[0].tolist()) == (False, [2])
 
 
 @pytest.mark.slow
@@ -222,6 +263,7 @@ def test_arrays_are_copies():
         ),
         ({"counts": np.array([0, 0, 1, 1], np.int32)}, "both a row and a count"),
         ({"capacity": np.zeros(2)}, r"\['capacity'\] are not single numbers"),
+        ({"spread": np.asarray(2)}, "spread is 2 instead of 0 or 1"),
     ],
 )
 def test_arrays_that_are_no_map_are_refused(change, message):
