@@ -37,6 +37,9 @@ def main() -> None:
     parser.add_argument("targets", metavar="TARGET", nargs="*", help=", ".join(NAMES))
     parser.add_argument("--all", action="store_true", help="all optimizers of tables")
     parser.add_argument(
+        "--group", action="append", help="compile only this group; may be repeated"
+    )
+    parser.add_argument(
         "--quick", action="store_true", help="leave out what takes long to compile"
     )
     parser.add_argument("--output", metavar="FILE", type=Path, help="JSON to write")
@@ -70,7 +73,8 @@ def compiled_for(devices: Target, args: argparse.Namespace) -> list[dict[str, An
     for case in cases(everything=args.all):
         fits = least <= case.needs <= len(devices.devices)
         takes_long = args.quick and devices.platform in case.slow
-        if fits and devices.platform in case.platforms and not takes_long:
+        wanted = args.group is None or case.group in args.group
+        if wanted and fits and devices.platform in case.platforms and not takes_long:
             start = time.perf_counter()
             compiled = case.lowered(devices).compile()
             took = f"{time.perf_counter() - start:.0f} s"

@@ -10,6 +10,7 @@ import optax
 from jax.experimental.layout import Format, Layout
 from jax.sharding import NamedSharding
 
+from benchmarks.compiled import cluster
 from benchmarks.compiled.targets import Target
 from benchmarks.tracing import dlrm
 from monolith_optax import (
@@ -121,6 +122,8 @@ def _meshes() -> Iterator[Case]:
     where |= {"table": Target.split, "spread": True}
     make = _step(embedding.adagrad, whole_step=True, **where)
     yield Case("meshes", "tables spread", make, needs=2)
+    for name, lowered in cluster.names().items():
+        yield Case("cluster", name, lowered, needs=2, slow=("tpu",))
 
 
 def _step(

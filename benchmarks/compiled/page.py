@@ -8,10 +8,8 @@ from benchmarks import ROOT
 from benchmarks.results import markdown
 
 DOCS = ROOT / "docs"
-RESULTS, PAGE, TPU_PAGE = (
-    DOCS / name for name in ("compiled.json", "compiled.md", "tpu.md")
-)
-MARKED = re.compile(r"<!-- compiled: tpu -->.*?<!-- end -->", re.DOTALL)
+RESULTS, PAGE = DOCS / "compiled.json", DOCS / "compiled.md"
+MARKED = re.compile(r"<!-- compiled: (\w+) -->.*?<!-- end -->", re.DOTALL)
 
 COLUMNS = {
     "copies of tables": "copies of tables",
@@ -25,14 +23,23 @@ COLUMNS = {
 
 
 def publish(results: dict[str, Any], versions: dict[str, str]) -> None:
-    """Replaces what the documents say of these targets."""
+    """Replaces what the documents say of these targets' groups."""
     before = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"targets": {}}
-    known = before["targets"] | results
+    known = before["targets"]
+    for name, cases in results.items():
+        known[name] = _replaced(known.get(name, []), cases)
     targets = {name: known[name] for name in TITLES if name in known}
+    versions = before.get("versions", {}) | versions
     published = {"versions": versions, "targets": targets}
     RESULTS.write_text(json.dumps(published, indent=1) + "\n")
     PAGE.write_text(page(published))
-    TPU_PAGE.write_text(filled(TPU_PAGE.read_text(), published))
+    for path in DOCS / "tpu.md", DOCS / "multihost.md":
+        path.write_text(filled(path.read_text(), published))
+
+
+def _replaced(before: list[Any], cases: list[Any]) -> list[Any]:
+    groups = {case["group"] for case in cases}
+    return [case for case in before if case["group"] not in groups] + cases
 
 
 def table(cases: list[dict[str, Any]]) -> str:
@@ -68,10 +75,39 @@ def tpu(results: Any) -> str:
     return markdown(["table", *list(COLUMNS.values())[:4]], rows)
 
 
+def cluster(results: Any) -> str:
+    """What a device holds, needs and sends in steps on one large table."""
+    rows = [
+        [TITLES[name], step["case"], *_of_a_device(step)]
+        for name in ("h100x8", "v5e:16x16")
+        for step in results["targets"][name]
+        if step["group"] == "cluster"
+    ]
+    return markdown(["devices", "step", "held, MB", "temporary, MB", "sent, MB"], rows)
+
+
+def _of_a_device(step: dict[str, Any]) -> list[str]:
+    """A summed array goes round twice; permutations are the ring, which rests."""
+    weights = {"all-reduce": 2, "collective-permute": 0}
+    sent = sum(n * weights.get(k, 1) for k, n in step["collectives"].items())
+    return [
+        f"{step['arguments'] / 1e6:,.0f}",
+        f"{step['temporaries'] / 1e6:,.1f}",
+        f"{sent / 1e6:,.1f}",
+    ]
+
+
+TABLES = {"tpu": tpu, "cluster": cluster}
+
+
 def filled(text: str, results: Any) -> str:
-    """docs/tpu.md with its table made anew."""
-    table = f"<!-- compiled: tpu -->\n\n{tpu(results)}\n\n<!-- end -->"
-    return MARKED.sub(lambda _: table, text)
+    """A page with its tables made anew."""
+
+    def made(match: re.Match[str]) -> str:
+        table = TABLES[match[1]](results)
+        return f"<!-- compiled: {match[1]} -->\n\n{table}\n\n<!-- end -->"
+
+    return MARKED.sub(made, text)
 
 
 def page(results: Any) -> str:
@@ -114,7 +150,10 @@ conclusions from the figures for TPUs.
 Unless a line says otherwise, a step is that of `lazy_rows(embedding.adagrad)` on one
 table of 1,000,000 rows of 16 float32 numbers with the gradients of 8,192 ids, donated,
 on one device of the target. 26 tables have 100,000 rows and 2,048 ids each. Steps of
-"meshes" look up their rows, and use all devices; "evaluation" only looks up.
+"meshes" look up their rows, and use all devices; "evaluation" only looks up. Those of
+"cluster" are on [a table with 2,097,152 rows of 128 numbers on each
+device](multihost.md#what-it-costs-on-256-devices), with the ids of each device, by
+`adamom`.
 
 - **Copies of tables**: instructions that copy an array as large as a table or a slot.
 - **Temporaries** and **arguments** are those of one device, with what layouts add.
