@@ -188,7 +188,7 @@ _SPREAD = ("broadcast_in_dim", "convert_element_type", "copy", "pvary")
 
 def _both(equation: Equation) -> jaxprs.Program:
     """From operands and cotangents to results and cotangents."""
-    inputs, outputs = map(differentiable, (equation.invars, equation.outvars))
+    inputs, outputs = differentiable(equation.invars), differentiable(equation.outvars)
 
     def both(operands: list[Any], cotangents: list[Any]) -> Any:
         def function(*some: Any) -> Any:

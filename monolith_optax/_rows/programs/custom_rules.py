@@ -4,8 +4,8 @@ Such a rule was written for whole arrays. When a derivative is taken, the rule i
 on whole arrays, and then run on rows as any other program.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,10 @@ from monolith_optax._rows.programs.row_values import (
     known_as,
 )
 from monolith_optax._rows.slices.row_access import Table
+from monolith_optax._rows.types import PyTree
+
+Arrays: TypeAlias = Sequence[jax.Array]
+Function: TypeAlias = Callable[..., Arrays]
 
 
 def run_with_derivatives(
@@ -49,7 +53,7 @@ def run_with_derivatives(
 
     # JAX may run a rule after the trace in which it was made, so it takes all arrays as
     # arguments, ids too.
-    def function(ids: Any, *arrays: Any) -> list[Any]:
+    def function(ids: jax.Array, *arrays: jax.Array) -> Arrays:
         here = table.with_ids(ids)
         values = run(program, _values(arrays, operands, here))
         return [
@@ -80,22 +84,23 @@ def _kinds(run: Run, program: Program, operands: list[Value]) -> list[Kind]:
 
 
 def _with_jvp(
-    function: Any,
+    function: Function,
     run: Run,
     equation: Equation,
     operands: list[Value],
     table: Table,
     on_rows: list[bool],
-) -> Any:
-    ours = jax.custom_jvp(function)
+) -> Function:
+    ours: jax.custom_jvp[Arrays] = jax.custom_jvp(function)
     inputs, outputs = differentiable(equation.invars), differentiable(equation.outvars)
 
-    def whole_tangents(primals: Any, tangents: Any) -> Any:
+    def whole_tangents(primals: Arrays, tangents: Arrays) -> Arrays:
         some = [primals[i] for i in inputs]
-        return jax.jvp(_of_inexact(equation, primals), some, tangents)[1]
+        results: Arrays = jax.jvp(_of_inexact(equation, primals), some, tangents)[1]
+        return results
 
     @ours.defjvp
-    def rule(primals: Any, tangents: Any) -> Any:
+    def rule(primals: Arrays, tangents: Arrays) -> tuple[Arrays, PyTree]:
         (ids, *primals), (_, *tangents) = primals, tangents
         here = table.with_ids(ids)
         types = list(map(type_of, equation.invars))
@@ -110,7 +115,7 @@ def _with_jvp(
         ]
         found = run(program, [*_values(primals, operands, here), *tangent_values])
         results = ours(ids, *primals)
-        after: list[Any] = [
+        after: list[jax.Array | np.ndarray] = [
             np.zeros(jnp.shape(result), jax.dtypes.float0) for result in results
         ]
         for i, value in zip(outputs, found, strict=True):
@@ -121,24 +126,26 @@ def _with_jvp(
 
 
 def _with_vjp(
-    function: Any,
+    function: Function,
     run: Run,
     equation: Equation,
     operands: list[Value],
     table: Table,
     on_rows: list[bool],
-) -> Any:
-    ours = jax.custom_vjp(function)
+) -> Function:
+    ours: jax.custom_vjp[Arrays] = jax.custom_vjp(function)
     inputs, outputs = differentiable(equation.invars), differentiable(equation.outvars)
 
-    def whole_cotangents(primals: Any, cotangents: Any) -> Any:
+    def whole_cotangents(primals: Arrays, cotangents: Arrays) -> Arrays:
         some = [primals[i] for i in inputs]
-        return jax.vjp(_of_inexact(equation, primals), *some)[1](cotangents)
+        _, pull = jax.vjp(_of_inexact(equation, primals), *some)
+        results: Arrays = pull(cotangents)
+        return results
 
-    def forward(*primals: Any) -> Any:
+    def forward(*primals: jax.Array) -> tuple[Arrays, tuple[jax.Array, ...]]:
         return ours(*primals), primals
 
-    def backward(primals: Any, cotangents: Any) -> Any:
+    def backward(primals: Arrays, cotangents: Arrays) -> tuple[jax.Array | None, ...]:
         ids, *primals = primals
         here = table.with_ids(ids)
         types = list(map(type_of, equation.invars))
@@ -149,7 +156,7 @@ def _with_vjp(
             known_as(cotangents[i], here if on_rows[i] else None, ZERO) for i in outputs
         ]
         found = run(program, [*_values(primals, operands, here), *some])
-        after: list[Any] = [None] * len(operands)
+        after: list[jax.Array | None] = [None] * len(operands)
         for i, value in zip(inputs, found, strict=True):
             by_row = isinstance(operands[i], Rows)
             if not by_row and isinstance(value, Rows):
@@ -168,7 +175,9 @@ def _table(value: Value) -> Table | None:
     return value.table if isinstance(value, Rows) else None
 
 
-def _values(arrays: Any, operands: list[Value], here: Table) -> list[Value]:
+def _values(
+    arrays: Sequence[jax.Array], operands: list[Value], here: Table
+) -> list[Value]:
     return [
         known_as(array, here if isinstance(value, Rows) else None, value.constant)
         for array, value in zip(arrays, operands, strict=True)
@@ -181,17 +190,17 @@ def _of_tangent(value: Value) -> Constant:
     return Constant(lambda: None if constant.value is None else ZERO.value, [constant])
 
 
-def differentiable(atoms: Any) -> list[int]:
+def differentiable(atoms: Sequence[jaxprs.Atom]) -> list[int]:
     """The indices of atoms that have derivatives."""
     return [
         i for i, a in enumerate(atoms) if jnp.issubdtype(type_of(a).dtype, jnp.inexact)
     ]
 
 
-def _of_inexact(equation: Equation, operands: Any) -> Any:
+def _of_inexact(equation: Equation, operands: Arrays) -> Function:
     """The equation as a function only of what has derivatives."""
 
-    def function(*inexact: Any) -> list[Any]:
+    def function(*inexact: jax.Array) -> list[jax.Array]:
         changed = dict(zip(differentiable(equation.invars), inexact, strict=True))
         arrays = [changed.get(i, operand) for i, operand in enumerate(operands)]
         results = jaxprs.bind(equation, arrays)

@@ -1,7 +1,6 @@
 """Which results of a traced program depend on which of its operands."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 from monolith_optax._rows.programs import jaxprs
 from monolith_optax._rows.programs.jaxprs import Equation, Program
@@ -16,9 +15,7 @@ def sources(program: Program, operands: Sequence[Sources]) -> list[Sources]:
     """
 
     def step(equation: Equation, values: list[Sources]) -> Sequence[Sources]:
-        run = _INSIDE.get(str(equation.primitive.name), _together)
-        found: Sequence[Sources] = run(equation, values)
-        return found
+        return _INSIDE.get(str(equation.primitive.name), _together)(equation, values)
 
     return jaxprs.interpret(program, operands, step, lambda _: Sources())
 
@@ -51,7 +48,7 @@ def _scan(equation: Equation, values: list[Sources]) -> list[Sources]:
         carry = after
 
 
-_INSIDE: dict[str, Any] = {
+_INSIDE: dict[str, Callable[[Equation, list[Sources]], list[Sources]]] = {
     **dict.fromkeys(jaxprs.CALLS | jaxprs.CUSTOM_DERIVATIVES, _call),
     "cond": _cond,
     "scan": _scan,

@@ -6,8 +6,8 @@ found inside stays known, and programs inside programs do not run more and more 
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeAlias
 
 import jax
 
@@ -15,7 +15,11 @@ from monolith_optax._rows.programs.jaxprs import Equation
 from monolith_optax._rows.programs.row_values import Kind, Rows, Value, kind
 
 # Where a program stands inside others: equations, and numbers of their branches.
-Path = tuple[tuple[Equation, int], ...]
+Path: TypeAlias = tuple[tuple[Equation, int], ...]
+
+# Identities, and what has them.
+_Key: TypeAlias = tuple[int | tuple[int, int], ...]
+_Alive: TypeAlias = tuple[Path, Equation, list[Value]]
 
 
 class InnerPrograms:
@@ -28,7 +32,7 @@ class InnerPrograms:
 
     def __init__(self) -> None:
         # By the identity of what leads there, which lives as long as its key.
-        self._kinds: dict[tuple[Any, ...], tuple[Any, list[list[Kind]]]] = {}
+        self._kinds: dict[_Key, tuple[_Alive, list[list[Kind]]]] = {}
         self.path: Path = ()
         self.only_kinds = False
 
@@ -45,7 +49,7 @@ class InnerPrograms:
         self,
         equation: Equation,
         operands: list[Value],
-        run: Callable[[Equation, list[Value]], Any],
+        run: Callable[[Equation, list[Value]], Sequence[Value]],
     ) -> None:
         """Runs an equation's programs for the kinds of their results, but only once."""
         if self._key(equation, operands) in self._kinds:
@@ -74,7 +78,7 @@ class InnerPrograms:
         """The kinds of the results of each of an equation's programs."""
         return self._kinds[self._key(equation, operands)][1]
 
-    def _key(self, equation: Equation, operands: list[Value]) -> tuple[Any, ...]:
+    def _key(self, equation: Equation, operands: list[Value]) -> _Key:
         tables = (value.table for value in operands if isinstance(value, Rows))
         path = ((id(each), which) for each, which in self.path)
         return (*path, id(equation), *map(id, tables))

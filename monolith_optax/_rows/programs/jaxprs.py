@@ -7,17 +7,23 @@ which differs between versions of JAX.
 import contextlib
 import pathlib
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeAlias, TypeGuard, TypeVar, cast
 
 import jax
 import numpy as np
 from jax import lax
 from jax.extend import core, source_info_util
 from jax.sharding import PartitionSpec
+from jax.typing import ArrayLike
+
+from monolith_optax._rows.types import ArrayType, Mesh, PyTree
 
 Value = TypeVar("Value")
 Program = core.ClosedJaxpr
 Equation = core.JaxprEqn
+Variable = core.Var
+Literal = core.Literal
+Atom: TypeAlias = Variable | Literal  # an operand or a result
 
 # Primitives that call a program on their operands and give back what it gives. The two
 # that carry derivative rules of their own are apart: who runs their program instead
@@ -27,7 +33,7 @@ CALLS = CHECKPOINTS | {"jit", "closed_call", "call"}
 CUSTOM_DERIVATIVES = frozenset({"custom_jvp_call", "custom_vjp_call"})
 
 
-def trace(function: Callable[..., Any], *args: Any) -> tuple[Program, Any]:
+def trace(function: Callable[..., PyTree], *args: PyTree) -> tuple[Program, PyTree]:
     """The program of a function, and the tree of types that it returns.
 
     Arguments may be types themselves (`jax.typeof`). The program's operands are the
@@ -41,7 +47,7 @@ def interpret(
     program: Program,
     operands: Sequence[Value],
     step: Callable[[Equation, list[Value]], Sequence[Value]],
-    constant: Callable[[Any], Value],
+    constant: Callable[[ArrayLike], Value],
 ) -> list[Value]:
     """Runs a program in values of another kind.
 
@@ -52,13 +58,13 @@ def interpret(
       constant: makes a value of an array or number that is part of the program.
     """
     jaxpr = program.jaxpr
-    values: dict[Any, Value] = dict(
+    values: dict[Variable, Value] = dict(
         zip(jaxpr.constvars, map(constant, program.consts), strict=True)
     )
     values.update(zip(jaxpr.invars, operands, strict=True))
 
-    def read(atom: Any) -> Value:
-        return values[atom] if is_variable(atom) else constant(atom.val)
+    def read(atom: Atom) -> Value:
+        return constant(atom.val) if isinstance(atom, Literal) else values[atom]
 
     for equation in jaxpr.eqns:
         results = step(equation, [read(atom) for atom in equation.invars])
@@ -69,21 +75,23 @@ def interpret(
 def inlined(program: Program) -> Program:
     """The program without calls; those that save no results for gradients stay."""
 
-    def step(equation: Equation, operands: list[Any]) -> list[Any]:
+    def step(equation: Equation, operands: list[ArrayLike]) -> Sequence[ArrayLike]:
         if equation.primitive.name not in CALLS - CHECKPOINTS:
             return bind(equation, operands)
         called = called_program(equation)
         assert called is not None
         return run(called, operands)
 
-    def run(program: Program, operands: Sequence[Any]) -> list[Any]:
+    def run(program: Program, operands: Sequence[ArrayLike]) -> list[ArrayLike]:
         return interpret(program, operands, step, lambda constant: constant)
 
     types = [type_of(operand) for operand in program.jaxpr.invars]
     return trace(lambda *operands: run(program, operands), *types)[0]
 
 
-def needed(program: Program, wanted: Sequence[Any], given: Container[Any]) -> set[Any]:
+def needed(
+    program: Program, wanted: Sequence[Atom], given: Container[Variable]
+) -> set[Variable]:
     """The variables of a program on which some depend, and those themselves.
 
     What is before a variable that is given is not looked at.
@@ -96,8 +104,8 @@ def needed(program: Program, wanted: Sequence[Any], given: Container[Any]) -> se
 
 
 def evaluate(
-    program: Program, given: Mapping[Any, Any], wanted: Sequence[Any]
-) -> list[Any]:
+    program: Program, given: Mapping[Variable, ArrayLike], wanted: Sequence[Atom]
+) -> list[jax.Array]:
     """Runs as much of a program as some of its variables need.
 
     Args:
@@ -108,8 +116,9 @@ def evaluate(
     values = dict(zip(program.jaxpr.constvars, program.consts, strict=True)) | {**given}
     variables = needed(program, wanted, given)
 
-    def read(atom: Any) -> Any:
-        return values[atom] if is_variable(atom) else atom.val
+    def read(atom: Atom) -> jax.Array:
+        value: jax.Array = atom.val if isinstance(atom, Literal) else values[atom]
+        return value
 
     for equation in program.jaxpr.eqns:
         if any(out in variables and out not in given for out in equation.outvars):
@@ -118,7 +127,9 @@ def evaluate(
     return [read(atom) for atom in wanted]
 
 
-def bind(equation: Equation, operands: Sequence[Any], **changed: Any) -> list[Any]:
+def bind(
+    equation: Equation, operands: Sequence[ArrayLike], **changed: object
+) -> list[jax.Array]:
     """Applies an equation to other operands, where it stands in the user's source.
 
     Args:
@@ -131,8 +142,8 @@ def bind(equation: Equation, operands: Sequence[Any], **changed: Any) -> list[An
 
 
 def _bind(
-    equation: Equation, operands: Sequence[Any], changed: dict[str, Any]
-) -> list[Any]:
+    equation: Equation, operands: Sequence[ArrayLike], changed: Mapping[str, object]
+) -> list[jax.Array]:
     primitive = equation.primitive
     params = primitive.get_bind_params({**equation.params, **changed})
     functions, params = params if isinstance(params, tuple) else ((), params)
@@ -141,7 +152,7 @@ def _bind(
 
 
 def evaluate_now(
-    equation: Equation, operands: Sequence[Any], **changed: Any
+    equation: Equation, operands: Sequence[ArrayLike], **changed: object
 ) -> list[np.ndarray]:
     """Applies an equation to NumPy's arrays while a program is traced, on no mesh."""
     no_mesh = jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ()))
@@ -173,14 +184,14 @@ def holds(program: Program, array: np.ndarray) -> bool:
     ) or any(holds(called, array) for called in calls)
 
 
-def is_variable(atom: core.Var | core.Literal) -> bool:
+def is_variable(atom: Atom) -> TypeGuard[Variable]:
     """Whether an operand or result is a variable, not a number in the equation."""
-    return not isinstance(atom, core.Literal)
+    return not isinstance(atom, Literal)
 
 
-def type_of(atom: core.Var | core.Literal) -> Any:
+def type_of(atom: Atom) -> ArrayType:
     """The type of an operand or result of an equation."""
-    return atom.aval
+    return cast(ArrayType, atom.aval)
 
 
 def source_line(equation: Equation, *callers: Equation) -> str:
@@ -209,9 +220,11 @@ def called_program(equation: Equation) -> Program | None:
     return closed(program)
 
 
-def closed(program: Any) -> Program:
+def closed(program: Program | core.Jaxpr) -> Program:
     """A program with its constants, which some primitives do not hold."""
-    return program if hasattr(program, "consts") else core.ClosedJaxpr(program, ())
+    if hasattr(program, "consts"):
+        return cast(Program, program)
+    return Program(program, ())
 
 
 def branches(equation: Equation) -> list[Program]:
@@ -276,7 +289,7 @@ class ShardMap(NamedTuple):
     """
 
     body: Program
-    mesh: Any
+    mesh: Mesh
     in_specs: tuple[PartitionSpec, ...]
     out_specs: tuple[PartitionSpec, ...]
     axes: frozenset[str]
@@ -299,24 +312,26 @@ def shard_map_parts(equation: Equation) -> ShardMap:
     )
 
 
-def varying(aval: Any) -> frozenset[str]:
+def varying(aval: ArrayType) -> frozenset[str]:
     """The mesh axes over which values of a type differ from device to device."""
     manual = getattr(aval, "mat", None)
     axes: frozenset[str] = aval.vma if manual is None else manual.varying
     return axes
 
 
-def as_varying(array: Any, axes: frozenset[str]) -> Any:
+def as_varying(array: jax.Array, axes: frozenset[str]) -> jax.Array:
     """An array as one that may differ over some more mesh axes."""
     more = tuple(sorted(axes - varying(jax.typeof(array))))
     if not more:
         return array
     if hasattr(lax, "pcast"):
-        return lax.pcast(array, more, to="varying")
-    return getattr(lax, "pvary")(array, more)  # noqa: B009 (of JAX 0.8)
+        array = lax.pcast(array, more, to="varying")
+    else:  # JAX 0.8
+        array = vars(lax)["pvary"](array, more)
+    return array
 
 
-def alike(arrays: Sequence[Any]) -> list[Any]:
+def alike(arrays: Sequence[jax.Array]) -> list[jax.Array]:
     """Arrays that differ over the same mesh axes: over all that one of them does."""
     axes = frozenset().union(*(varying(jax.typeof(array)) for array in arrays))
     return [as_varying(array, axes) for array in arrays] if axes else list(arrays)

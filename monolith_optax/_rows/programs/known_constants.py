@@ -22,23 +22,34 @@ the reduction (`reductions.py`).
 import functools
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TypeAlias
 
 import jax
 import numpy as np
+from jax.typing import ArrayLike
 
 from monolith_optax._rows.programs.jaxprs import Equation, type_of
 from monolith_optax._rows.programs.primitives import PLACEMENTS
 
-# Stands for 0 and -0, in any mixture.
-_EITHER_ZERO = object()
+
+class _EitherZero:
+    """Stands for 0 and -0, in any mixture."""
+
+
+_EITHER_ZERO = _EitherZero()
+
+# A number, what stands for one, or None if it is not known.
+Found: TypeAlias = np.ndarray | _EitherZero | None
+
+# Applies an equation to numbers.
+Evaluate: TypeAlias = Callable[[list[np.ndarray]], list[np.ndarray]]
 
 
 class Constant:
     """A number that all entries of some rows have, if one is known."""
 
     def __init__(
-        self, find: Callable[[], Any], operands: "Sequence[Constant]" = ()
+        self, find: Callable[[], Found], operands: "Sequence[Constant]" = ()
     ) -> None:
         self._find = find
         depths: list[int] = [operand._depth for operand in operands]
@@ -47,14 +58,14 @@ class Constant:
             _ = self.found
 
     @functools.cached_property
-    def found(self) -> Any:
+    def found(self) -> Found:
         """The number, or what stands for a zero of any sign, or None."""
         return self._find()
 
     @property
-    def value(self) -> Any:
+    def value(self) -> np.ndarray | None:
         """The number, or None."""
-        return np.zeros(()) if self.found is _EITHER_ZERO else self.found
+        return np.zeros(()) if isinstance(self.found, _EitherZero) else self.found
 
     def is_zero(self) -> bool:
         """Whether the number is known to be zero."""
@@ -65,7 +76,7 @@ UNKNOWN = Constant(lambda: None)
 ZERO = Constant(lambda: np.zeros(()))
 
 
-def literal(value: Any) -> Constant:
+def literal(value: ArrayLike) -> Constant:
     """What is known of an array or number in a program: numbers that are part of it.
 
     Arrays are not: what they hold may change without another program.
@@ -78,7 +89,7 @@ def literal(value: Any) -> Constant:
 def after(
     equation: Equation,
     operands: Sequence[Constant],
-    evaluate: Callable[[list[Any]], list[Any]],
+    evaluate: Evaluate,
 ) -> list[Constant]:
     """What is known of the results of an equation.
 
@@ -89,7 +100,7 @@ def after(
     """
 
     @functools.cache
-    def find() -> list[Any]:
+    def find() -> list[Found]:
         found = [operand.found for operand in operands]
         results = _evaluated(equation, found, evaluate)
         if results[0] is None:
@@ -108,15 +119,15 @@ def joined(alternatives: Sequence[Constant]) -> Constant:
 
 
 def _evaluated(
-    equation: Equation, found: list[Any], evaluate: Callable[[list[Any]], list[Any]]
-) -> list[Any]:
+    equation: Equation, found: list[Found], evaluate: Evaluate
+) -> list[Found]:
     """The constants of results, of operands that are all known."""
     count = len(equation.outvars)
     if any(value is None for value in found):
         return [None] * count
     if equation.primitive.name in PLACEMENTS:
         return list(found)
-    cases: list[list[Any]] = [[] for _ in range(count)]
+    cases: list[list[np.ndarray]] = [[] for _ in range(count)]
     signs = [(0.0, -0.0) if value is _EITHER_ZERO else (value,) for value in found]
     for values in itertools.product(*signs):
         typed = [
@@ -129,7 +140,7 @@ def _evaluated(
     return [_same(case) if case else None for case in cases]
 
 
-def _decided(name: str, found: list[Any]) -> Any:
+def _decided(name: str, found: list[Found]) -> Found:
     """The result where some operands decide it, whatever the others are."""
     zeros = [
         value is _EITHER_ZERO or (value is not None and not value) for value in found
@@ -140,15 +151,20 @@ def _decided(name: str, found: list[Any]) -> Any:
         return _EITHER_ZERO
     if name == "select_n":
         chosen, *cases = found
-        return _same(cases) if chosen is None else cases[int(chosen)]
+        if chosen is None:
+            return _same(cases)
+        return cases[int(0 if isinstance(chosen, _EitherZero) else chosen)]
     return None
 
 
-def _same(values: Sequence[Any]) -> Any:
+def _same(values: Sequence[Found]) -> Found:
     """The one number that all values are, if they are."""
     if any(value is None for value in values):
         return None
-    plain = [0.0 if value is _EITHER_ZERO else value for value in values]
+    plain = [
+        np.zeros(()) if isinstance(value, _EitherZero) else np.asarray(value)
+        for value in values
+    ]
     first = plain[0]
     if any(value != first for value in plain):
         return None
@@ -160,6 +176,6 @@ def _same(values: Sequence[Any]) -> Any:
     return first
 
 
-def _is_negative(zero: Any) -> bool:
+def _is_negative(zero: np.ndarray) -> bool:
     """Whether a zero is -0."""
     return bool(np.signbit(np.real(np.asarray(zero)).astype(float)))

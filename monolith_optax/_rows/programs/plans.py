@@ -3,9 +3,11 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar
 
+import jax
 import numpy as np
+from jax.sharding import NamedSharding
 
 from monolith_optax._rows.programs.jaxprs import (
     Equation,
@@ -15,7 +17,10 @@ from monolith_optax._rows.programs.jaxprs import (
     type_of,
 )
 from monolith_optax._rows.programs.primitives import ELEMENTWISE
+from monolith_optax._rows.types import EquationParams
 from monolith_optax._shardings import with_row_axis
+
+Entries = TypeVar("Entries", jax.Array, np.ndarray)
 
 
 @dataclass(frozen=True)
@@ -31,12 +36,15 @@ class Plan:
 
     equation: Equation
     by_row: list[bool]
-    sizes: Callable[[int], dict[str, Any]] = lambda _: {}
+    sizes: Callable[[int], EquationParams] = lambda _: {}
     row_axes: int = 1
 
     def apply(
-        self, num_rows: int, operands: Sequence[Any], split: Any = None
-    ) -> list[Any]:
+        self,
+        num_rows: int,
+        operands: Sequence[jax.Array],
+        split: tuple[str, ...] | None = None,
+    ) -> list[jax.Array]:
         """The rows of the results, for as many rows of the operands.
 
         `split` are the mesh axes over which these are split.
@@ -49,12 +57,12 @@ class Plan:
         operands = alike(self._fitting(operands))
         return bind(self.equation, operands, **shardings | self.sizes(num_rows))
 
-    def evaluate(self, values: Sequence[Any]) -> list[Any]:
+    def evaluate(self, values: Sequence[np.ndarray]) -> list[np.ndarray]:
         """The results for numbers that all entries of the operands have."""
-        no_shardings = dict.fromkeys(self._shardings())
+        no_shardings: EquationParams = dict.fromkeys(self._shardings())
         if self.equation.primitive.name in ELEMENTWISE:
             return evaluate_now(self.equation, values, **no_shardings)
-        rows: Sequence[Any] = [
+        rows: Sequence[np.ndarray] = [
             np.full((1, *shape[self.row_axes :]) if row else shape, value)
             for row, shape, value in zip(
                 self.by_row, shapes_of(self.equation), values, strict=True
@@ -63,14 +71,14 @@ class Plan:
         rows = self._fitting(rows)
         return evaluate_now(self.equation, rows, **no_shardings | self.sizes(1))
 
-    def _shardings(self) -> dict[str, Any]:
+    def _shardings(self) -> dict[str, NamedSharding]:
         params, names = (
             self.equation.params,
             ("sharding", "out_sharding", "dst_sharding"),
         )
         return {name: params[name] for name in names if params.get(name) is not None}
 
-    def _fitting(self, operands: Sequence[Any]) -> Sequence[Any]:
+    def _fitting(self, operands: Sequence[Entries]) -> Sequence[Entries]:
         if self.row_axes == 1 or self.equation.primitive.name not in _BROADCASTING:
             return operands
         return [
@@ -78,7 +86,7 @@ class Plan:
             for row, operand in zip(self.by_row, operands, strict=True)
         ]
 
-    def _with_one_row_axis(self, operand: Any) -> Any:
+    def _with_one_row_axis(self, operand: Entries) -> Entries:
         """A whole operand whose row axes all have the length 1, if it has any."""
         shape = np.shape(operand)
         ones = len(shape) >= self.row_axes and math.prod(shape[: self.row_axes]) == 1

@@ -6,7 +6,7 @@ are masked here, and not only in the gradient: what their gathered slots hold ma
 become anything on the way.
 """
 
-from typing import Any, cast
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from jax import lax
 from monolith_optax._rows.programs.jaxprs import Equation, bind
 from monolith_optax._rows.programs.known_constants import Constant
 from monolith_optax._rows.slices.row_access import Table
+from monolith_optax._rows.types import EquationParams
 
 _SUMS = {"reduce_sum": 0, "reduce_prod": 1, "reduce_xor": 0}
 _EXTREMES = {
@@ -72,11 +73,11 @@ def reduce_rows(
     return jnp.where(all_touched, result, with_others)
 
 
-def _of_one_axis(equation: Equation, table: Table) -> dict[str, Any]:
+def _of_one_axis(equation: Equation, table: Table) -> EquationParams:
     """The parameters, where the row axes of the table are one."""
     count = len(table.axes)
 
-    def moved(axes: Any) -> tuple[int, ...]:
+    def moved(axes: Sequence[int]) -> tuple[int, ...]:
         others = tuple(axis - count + 1 for axis in axes if axis >= count)
         return (0, *others) if len(others) < len(axes) else others
 
@@ -93,20 +94,20 @@ def _only(results: list[jax.Array]) -> jax.Array:
     return result
 
 
-def _neutral(name: str, dtype: Any) -> Any:
+def _neutral(name: str, dtype: np.dtype) -> np.ndarray:
     """The number that a reduction ignores."""
     if name in _SUMS or name == "reduce_or":
         return np.asarray(_SUMS.get(name, 0), dtype)
     if name == "reduce_and":
         return ~np.zeros((), dtype)
-    largest, numpy = name == "reduce_min", cast(Any, jnp)
+    largest = name == "reduce_min"
     if dtype == jnp.bool_:
         return np.asarray(largest)
     if not jnp.issubdtype(dtype, jnp.inexact):
-        limits = numpy.iinfo(dtype)
-        return np.asarray(limits.max if largest else limits.min, dtype)
+        integers = jnp.iinfo(dtype)
+        return np.asarray(integers.max if largest else integers.min, dtype)
     infinity = np.asarray(np.inf if largest else -np.inf, dtype)
     if np.isinf(infinity):
         return infinity
-    limits = numpy.finfo(dtype)  # an 8-bit dtype without infinities
+    limits = jnp.finfo(dtype)  # an 8-bit dtype without infinities
     return np.asarray(limits.max if largest else limits.min, dtype)

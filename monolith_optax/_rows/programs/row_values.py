@@ -17,10 +17,11 @@ Only what meets rows of a table is known to need rows of that table. What does n
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import numpy as np
+from jax.typing import ArrayLike
 
 from monolith_optax._rows.programs import jaxprs, row_rules
 from monolith_optax._rows.programs.jaxprs import Equation, Program, source_line
@@ -51,12 +52,14 @@ class MixesRowsError(ValueError):
 class Whole:
     """An array; `constant` is what is known of its entries."""
 
-    array: Any
+    array: ArrayLike
     constant: Constant = UNKNOWN
 
-    def at(self, table: Table | None) -> Any:
+    def at(self, table: Table | None) -> jax.Array:
         """The rows of a table's batch; or all there are."""
-        return self.array if table is None else table.gather_any(self.array)
+        if table is None:
+            return cast(jax.Array, self.array)
+        return table.gather_any(self.array)
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,14 +93,14 @@ class Later:
         del table
         return []
 
-    def make(self, table: Table | None, operands: list[Any]) -> Any:
+    def make(self, table: Table | None, operands: list[jax.Array]) -> jax.Array:
         """The rows of a table's batch, or all there are, from what they need."""
         raise NotImplementedError
 
-    def at(self, table: Table | None) -> Any:
+    def at(self, table: Table | None) -> jax.Array:
         """The rows of a table's batch; or all there are."""
         # Without recursion: a chain of operations may be longer than Python's stack.
-        made: dict[tuple[Later, Table | None], Any] = {}
+        made: dict[tuple[Later, Table | None], jax.Array] = {}
         left: list[tuple[Later, Table | None]] = [(self, table)]
         while left:
             value, where = left[-1]
@@ -126,9 +129,9 @@ class Later:
 class Given(Later):
     """The rows of an array that is there; a batch's rows may be enough."""
 
-    array: Any
+    array: ArrayLike
 
-    def make(self, table: Table | None, operands: list[Any]) -> Any:
+    def make(self, table: Table | None, operands: list[jax.Array]) -> jax.Array:
         """The rows of a table's batch, or all there are."""
         del operands
         return Whole(self.array).at(table)
@@ -152,7 +155,7 @@ class Made(Later):
             for operand, row in zip(self.operands, by_row, strict=True)
         ]
 
-    def make(self, table: Table | None, operands: list[Any]) -> Any:
+    def make(self, table: Table | None, operands: list[jax.Array]) -> jax.Array:
         """The rows of a table's batch, or all there are, from its operands."""
         if self.equation.primitive.name == "random_bits" and not np.ndim(operands[0]):
             self._draw(table)
@@ -184,9 +187,9 @@ class Made(Later):
 class Chosen(Later):
     """Rows that a function makes, such as those of a branch of a conditional."""
 
-    choose: Callable[[Table | None], Any]
+    choose: Callable[[Table | None], jax.Array]
 
-    def make(self, table: Table | None, operands: list[Any]) -> Any:
+    def make(self, table: Table | None, operands: list[jax.Array]) -> jax.Array:
         """The rows of a table's batch, or all there are."""
         del operands
         return self.choose(table)
@@ -234,6 +237,6 @@ def common_table(
     return tables[0] if tables else None
 
 
-def known_as(array: Any, table: Table | None, constant: Constant) -> Value:
+def known_as(array: jax.Array, table: Table | None, constant: Constant) -> Value:
     """Rows of a table, or a whole array."""
     return Whole(array, constant) if table is None else Rows(array, table, constant)

@@ -4,15 +4,16 @@ An optimizer's step is traced on whole tables, which costs no memory, and its pr
 then runs on the batch's rows. Each value in it is of one of three kinds: rows of a
 table at the positions of the batch, an array that is whole, or rows that are nobody's
 yet. An operation that keeps rows apart applies to rows of a batch as to those of a
-table. Any other one needs the whole table, and is an error, unless it is a reduction to
+table. All others need the whole table, and are errors, unless they are reductions to
 which rows without a gradient add nothing.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
+import jax
 import numpy as np
 from jax import lax
+from jax.typing import ArrayLike
 
 from monolith_optax._rows.programs import (
     jaxprs,
@@ -37,6 +38,7 @@ from monolith_optax._rows.programs.row_values import (
     known_as,
 )
 from monolith_optax._rows.slices.row_access import Table
+from monolith_optax._rows.types import PyTree
 
 
 class Runner:
@@ -52,7 +54,7 @@ class Runner:
         """The results of a program."""
         return jaxprs.interpret(program, operands, self._step, self.whole)
 
-    def whole(self, array: Any) -> Value:
+    def whole(self, array: ArrayLike) -> Value:
         """An array; if it is as long as a table, its rows may be all we need."""
         if self._as_long(np.shape(array)):
             return Given(array)
@@ -187,7 +189,7 @@ class Runner:
         else:
             self._inner.find_kinds(equation, operands, self._cond)
 
-        def switch(take: Callable[[list[Value]], Any]) -> Any:
+        def switch(take: Callable[[list[Value]], PyTree]) -> PyTree:
             if results:
                 return take(results[0])
             branches = [lambda which=w: take(run(which)) for w in range(len(programs))]
@@ -268,5 +270,5 @@ def _why_not(equation: Equation, table: Table) -> str:
     )
 
 
-def _bind_whole(equation: Equation, operands: list[Value]) -> list[Any]:
+def _bind_whole(equation: Equation, operands: list[Value]) -> list[jax.Array]:
     return jaxprs.bind(equation, [value.at(None) for value in operands])
