@@ -148,7 +148,7 @@ def _rounded(key: jax.Array, step: jax.Array, param: ArrayLike) -> jax.Array:
     if not _is_narrow(param):
         return step
     dtype = dtype_of(param)
-    largest = float(jnp.finfo(dtype).max)  # type: ignore[no-untyped-call]
+    largest = float(jnp.finfo(dtype).max)
     w = jnp.asarray(param, jnp.float32)
     target = jnp.clip(w + step.astype(jnp.float32), -largest, largest)
     noise = jax.random.uniform(key, target.shape)
