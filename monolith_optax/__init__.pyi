@@ -30,6 +30,9 @@ from monolith_optax._rows.gradients.value_and_row_grad import (
 from monolith_optax._rows.gradients.value_and_row_grad import (
     value_and_row_grad as value_and_row_grad,
 )
+from monolith_optax._rows.gradients.with_row_lookups import (
+    with_row_lookups as with_row_lookups,
+)
 from monolith_optax._rows.slices.bag_lookup import bag_lookup as bag_lookup
 from monolith_optax._rows.slices.row_slices import RowSlices as RowSlices
 from monolith_optax._rows.slices.table_stack import TableStack as TableStack

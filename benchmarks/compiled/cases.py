@@ -22,6 +22,7 @@ from monolith_optax import (
     lazy_rows,
     stochastic_rounding,
     value_and_row_grad,
+    with_row_lookups,
 )
 
 ROWS, MANY_TABLES, ROWS_OF_MANY = 1_000_000, 26, 100_000
@@ -122,6 +123,11 @@ def _meshes() -> Iterator[Case]:
     where |= {"table": Target.split, "spread": True}
     make = _step(embedding.adagrad, whole_step=True, **where)
     yield Case("meshes", "tables spread", make, needs=2)
+    make = _evaluation(Target.split, spread=True)
+    yield Case("meshes", "evaluation, tables spread", make, needs=2)
+    for spread in False, True:
+        name = f"evaluation, a stack {'spread' if spread else 'split by rows'}"
+        yield Case("meshes", name, _stack_evaluation(spread=spread), needs=2)
     for name, lowered in cluster.names().items():
         yield Case("cluster", name, lowered, needs=2, slow=("tpu",))
 
@@ -179,7 +185,9 @@ def _step(
     return lowered
 
 
-def _evaluation(of: Callable[[Target], NamedSharding]) -> Callable[[Target], Any]:
+def _evaluation(
+    of: Callable[[Target], NamedSharding], *, spread: bool = False
+) -> Callable[[Target], Any]:
     """Only the lookup and the loss."""
 
     def loss(params: Any, ids: Any, found: Any) -> jax.Array:
@@ -193,7 +201,30 @@ def _evaluation(of: Callable[[Target], NamedSharding]) -> Callable[[Target], Any
         ]
         shapes = [jax.ShapeDtypeStruct(*each) for each in types]
         places = [of(target), target.split(), target.split()]
-        return jax.jit(loss).lower(*_placed(shapes, places))
+        run = with_row_lookups(loss, of(target)) if spread else loss
+        return jax.jit(run).lower(*_placed(shapes, places))
+
+    return lowered
+
+
+def _stack_evaluation(*, spread: bool) -> Callable[[Target], Any]:
+    """The lookups and the loss of four tables in an array that is split by rows."""
+    of_each = jax.ShapeDtypeStruct((ROWS_OF_MESHES // 4, 16), jnp.float32)
+
+    def lowered(target: Target) -> Any:
+        stack, where = (
+            TableStack([of_each] * 4, shards=len(target.devices)),
+            target.split(),
+        )
+
+        def loss(stacks: Any, ids: Any) -> jax.Array:
+            return jnp.mean(
+                sum(t[ids[:, i]] for i, t in enumerate(stack.unpack(stacks)))
+            )
+
+        run = with_row_lookups(loss, where) if spread else loss
+        ids = jax.ShapeDtypeStruct((IDS // 4, 4), jnp.int32)
+        return jax.jit(run).lower(*_placed((dict(stack.shapes), ids), where))
 
     return lowered
 

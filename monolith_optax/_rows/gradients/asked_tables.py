@@ -124,7 +124,7 @@ def _mesh(name: str, given: Any, leaf: Any) -> Any:
         raise ValueError(
             f"tables gives a sharding for {name} inside jax.shard_map, where each "
             "device has only its part of the table. Spread tables are for functions "
-            "of whole arrays: call value_and_row_grad under jax.jit, outside it."
+            "of whole arrays: call this one under jax.jit, outside it."
         )
     if given is not None:
         given = given.abstract_mesh if hasattr(given, "abstract_mesh") else given

@@ -63,15 +63,14 @@ def _choose(loss: Loss) -> Choice:
     flow = GradientFlow()
     while True:
         left = {leaf: ask for leaf, ask in enumerate(asked) if leaf not in refused}
-        finder = Finder(types, left, row_axes, flow, loss.from_numpy)
+        finder = Finder(types, left, row_axes, flow, loss)
         tree = finder.find(loss.program)
         more = _not_tables(finder, left, types) | finder.refused
         if wrong := [leaf for leaf in sorted(more) if asked[leaf]]:
             leaf, why = wrong[0], more[wrong[0]]
             raise ValueError(
-                f"Table {loss.names[leaf]} {why}, so its gradient is not one of rows. "
-                "Say False for it in tables to get a dense gradient, or only look it "
-                "up in the model."
+                f"Table {loss.names[leaf]} {why}, so {_FOLLOWS[loss.for_gradients]}, "
+                "or only look it up in the model."
             )
         if not more and not finder.more_row_axes:
             found = {leaf: finder.row_axes.get(leaf) for leaf in left}
@@ -85,6 +84,12 @@ def _choose(loss: Loss) -> Choice:
 
 
 _UNASKED = "as tables says"
+_FOLLOWS = {
+    True: "its gradient is not one of rows. Say False for it in tables to get a dense "
+    "gradient",
+    False: "its rows cannot be looked up by an exchange between devices. Say False for "
+    "it in tables to leave this to JAX",
+}
 
 
 def _not_tables(

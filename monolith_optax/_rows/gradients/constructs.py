@@ -99,12 +99,40 @@ class Lookup:
         return [result], Each({}, [added.ids()], [])
 
 
-class Ruled:
-    """A function whose derivative rule says what the gradients of tables are."""
+class Call:
+    """A call of a program."""
 
     def find(
         self, finder: Any, equation: Equation, operands: list[Any]
     ) -> tuple[list[Any], Node]:
+        program = jaxprs.called_program(equation)
+        results, tree = finder.inside(
+            equation, lambda: finder.program(program, operands, finder.active(equation))
+        )
+        which = frozenset(i for i, value in enumerate(operands) if is_image(value))
+        return results, Node(programs=[tree], images=which)
+
+    def run(
+        self, run: Any, equation: Equation, operands: list[Any], node: Node, zeros: Each
+    ) -> tuple[list[Any], Each]:
+        program = jaxprs.called_program(equation)
+        results, ids = run.program(
+            program, operands, node.programs[0], zeros.programs[0]
+        )
+        return results, Each({}, [], [ids])
+
+
+class Ruled:
+    """A function whose derivative rule says what the gradients of tables are.
+
+    Where no gradients are taken, it is a call like any other.
+    """
+
+    def find(
+        self, finder: Any, equation: Equation, operands: list[Any]
+    ) -> tuple[list[Any], Node]:
+        if not finder.keeps_rules:
+            return CALL.find(finder, equation, operands)
         rule, active = Rule(equation), any(finder.active(equation))
         scatters, reasons = {}, {}
         for i in which_tables(operands):
@@ -145,6 +173,8 @@ class Ruled:
         self, run: Any, equation: Equation, operands: list[Any], node: Node, zeros: Each
     ) -> tuple[list[Any], Each]:
         """Adds zeros to the rows that get a gradient, as if they were looked up."""
+        if node.programs:
+            return CALL.run(run, equation, operands, node, zeros)
         rule, arrays = Rule(equation), list(map(run.scope.whole, operands))
         tables = sorted(node.images)
         scatters = [(i, scatter) for i in tables for scatter in rule.scatters(i)]
@@ -158,29 +188,6 @@ class Ruled:
             ids.append(its.ids())
         results = rule.run(arrays, tables, rows, [scatter for _, scatter in scatters])
         return results, Each({}, ids, [])
-
-
-class Call:
-    """A call of a program."""
-
-    def find(
-        self, finder: Any, equation: Equation, operands: list[Any]
-    ) -> tuple[list[Any], Node]:
-        program = jaxprs.called_program(equation)
-        results, tree = finder.inside(
-            equation, lambda: finder.program(program, operands, finder.active(equation))
-        )
-        which = frozenset(i for i, value in enumerate(operands) if is_image(value))
-        return results, Node(programs=[tree], images=which)
-
-    def run(
-        self, run: Any, equation: Equation, operands: list[Any], node: Node, zeros: Each
-    ) -> tuple[list[Any], Each]:
-        program = jaxprs.called_program(equation)
-        results, ids = run.program(
-            program, operands, node.programs[0], zeros.programs[0]
-        )
-        return results, Each({}, [], [ids])
 
 
 class Checkpoint:
@@ -234,10 +241,11 @@ class Checkpoint:
         return results, Each({}, [], [ids])
 
 
+CALL = Call()
 CONSTRUCTS: dict[str, Construct] = {
     **dict.fromkeys(("gather", "dynamic_slice", "slice"), Lookup()),
     **dict.fromkeys(jaxprs.CUSTOM_DERIVATIVES, Ruled()),
-    **dict.fromkeys(jaxprs.CALLS - jaxprs.CHECKPOINTS, Call()),
+    **dict.fromkeys(jaxprs.CALLS - jaxprs.CHECKPOINTS, CALL),
     **dict.fromkeys(jaxprs.CHECKPOINTS, Checkpoint()),
     "cond": Cond(),
     "scan": Scan(),

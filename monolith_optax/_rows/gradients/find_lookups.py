@@ -48,6 +48,7 @@ from monolith_optax._rows.gradients.row_images import (
     leaves_of,
     which_tables,
 )
+from monolith_optax._rows.gradients.trace_loss import Loss
 from monolith_optax._rows.programs import jaxprs
 from monolith_optax._rows.programs.jaxprs import Equation, Program, type_of
 
@@ -62,6 +63,7 @@ class Finder:
       by_data: the leaves that are looked up by data.
       constants: for leaves whose rows are taken by constants, where the first are.
       all_rows: for leaves with images that are used whole, how many rows those have.
+      keeps_rules: whether functions keep their derivative rules.
     """
 
     def __init__(
@@ -70,19 +72,19 @@ class Finder:
         tables: Mapping[int, bool],
         row_axes: Mapping[int, int],
         flow: GradientFlow,
-        from_numpy: bool,
+        loss: Loss,
     ) -> None:
         """Gives the types of the leaves, and those to look for.
 
         Each comes with whether it was asked for, and then may be a stack of numbers, or
         be looked up by constants. `row_axes` says how many of a leaf's axes must be
-        rows, if there is more than one, and `from_numpy` whether arrays that are
-        written in a program are data.
+        rows, if there is more than one.
         """
         self._types, self._tables, self._expected = types, tables, row_axes
         self._num_rows = frozenset(types[leaf].shape[0] for leaf in tables)
         self._callers: list[Equation] = []
-        self.flow, self._from_numpy = flow, from_numpy
+        self.flow, self._from_numpy = flow, loss.from_numpy
+        self.keeps_rules = loss.for_gradients
         self._active: Collection[Any] = ()
         self.refused: dict[int, str] = {}
         self.row_axes: dict[int, int] = {}

@@ -16,6 +16,7 @@ from monolith_optax._rows.programs import jaxprs
 from monolith_optax._rows.programs.dependencies import sources
 from monolith_optax._rows.programs.jaxprs import Program
 from monolith_optax._rows.slices.exchange import NOBODY, Route
+from monolith_optax._rows.slices.no_derivatives import forward_only
 from monolith_optax._rows.slices.row_access import flattened
 from monolith_optax._rows.slices.row_slices import RowSlices
 from monolith_optax._rows.slices.spread import Spread
@@ -80,7 +81,7 @@ class SpreadRows:
             array = flattened(table.array, table.axes)
             rows, route = look_up(table.spread, array, inside)
             for k, each in zip(which, rows, strict=True):
-                self.rows[k] = each
+                self.rows[k] = forward_only(each)
             self._exchanges.append(_Exchange(leaf, which, some, route))
 
     def slices(self, leaf: int, gradients: Sequence[Any]) -> RowSlices:

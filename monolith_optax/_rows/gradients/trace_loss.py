@@ -23,6 +23,7 @@ class Loss(NamedTuple):
       from_numpy: whether arrays that are written in the program may be data, as there
         are NumPy arrays among the arguments.
       asked: which leaves are to be tables.
+      for_gradients: whether gradients are to be taken, not only results.
     """
 
     program: jaxprs.Program
@@ -32,6 +33,7 @@ class Loss(NamedTuple):
     with_arrays: Callable[[list[Any]], Any]
     from_numpy: bool
     asked: Asked
+    for_gradients: bool = True
 
     @property
     def types(self) -> list[Any]:
@@ -79,9 +81,13 @@ def trace_loss(
         return [value, *arrays]
 
     leaves = [leaf for _, leaf in paths]
-    program, _ = jaxprs.trace(
-        flat, *(_unsplit(x) if i in asked.spread else x for i, x in enumerate(leaves))
-    )
+    types = [_unsplit(x) if i in asked.spread else x for i, x in enumerate(leaves)]
+    try:
+        program, _ = jaxprs.trace(flat, *types)
+    except Exception as error:
+        if asked.spread and _is_of_split_ids(error):
+            raise ValueError(_SPLIT_IDS) from error
+        raise
 
     def with_arrays(arrays: list[Any]) -> Any:
         rest = iter(arrays)
@@ -103,6 +109,20 @@ def _unsplit(leaf: Any) -> Any:
     whole = NamedSharding(kind.sharding.mesh, PartitionSpec(*[None] * kind.ndim))
     return kind.update(sharding=whole)
 
+
+def _is_of_split_ids(error: Exception) -> bool:
+    """Whether it is JAX's for a gather by split ids; its type has no public name.
+
+    JAX gives it for any table, whole ones too, so no type of the table prevents it.
+    """
+    return type(error).__name__ == "ShardingTypeError" and "gather" in str(error)
+
+
+_SPLIT_IDS = (
+    "On explicit axes JAX has to be told where rows of split ids go, also for a table "
+    "that is spread over devices: write table.at[ids].get(out_sharding="
+    "jax.typeof(ids).sharding) in place of table[ids] or jnp.take."
+)
 
 # Stands for an array of the auxiliary output.
 _ARRAY = object()

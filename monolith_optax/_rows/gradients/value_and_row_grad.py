@@ -1,8 +1,8 @@
 """Gradients of lookups as RowSlices, without a dense gradient of any table.
 
 The loss is traced, its lookups are found (`find_lookups.py`), and its program is run
-with a zero added to each row that they take (`add_zeros.py`). The gradients of the
-zeros are those of the rows.
+with a zero added to each row that they take (`run_loss.py`, `add_zeros.py`). The
+gradients of the zeros are those of the rows.
 """
 
 import functools
@@ -13,17 +13,10 @@ import jax
 import jax.numpy as jnp
 
 from monolith_optax._public import public
-from monolith_optax._rows.gradients.add_zeros import add
 from monolith_optax._rows.gradients.choose_tables import Choice, choose
-from monolith_optax._rows.gradients.lookup_tree import Found, for_each, lookups_of
-from monolith_optax._rows.gradients.row_images import Parameter
-from monolith_optax._rows.gradients.spread_rows import (
-    SpreadRows,
-    SpreadTable,
-    check_inside,
-)
+from monolith_optax._rows.gradients.lookup_tree import lookups_of
+from monolith_optax._rows.gradients.run_loss import LossRun
 from monolith_optax._rows.gradients.trace_loss import Loss, trace_loss
-from monolith_optax._rows.programs import jaxprs
 from monolith_optax._rows.slices.row_slices import RowSlices
 
 Params = TypeVar("Params")
@@ -216,61 +209,20 @@ class ValueAndRowGrad(Generic[Params, Others, Result]):
 
 def _differentiate(loss: Loss, choice: Choice) -> tuple[tuple[Any, Any], list[Any]]:
     types, tables, asked = loss.types, choice.tables, loss.asked.spread
-
-    def zeros_of(found: Found) -> list[Any]:
-        pairs = zip(found.tables, found.zeros_shapes(types), strict=True)
-        # Minus zero: plus zero would make plus zeros of rows of minus zeros.
-        return [
-            jaxprs.as_varying(-jnp.zeros(shape, types[leaf].dtype), found.varying)
-            for (leaf, _), shape in pairs
-        ]
-
-    def run(dense: list[Any], zeros: Any) -> Any:
-        operands = [
-            Parameter(index, leaf, is_spread=index in asked)
-            if index in tables
-            else dense[index]
-            for index, leaf in enumerate(loss.leaves)
-        ]
-        (value, *aux), ids = add(loss.program, operands, choice.tree, zeros)
-        return value, (aux, ids)
-
-    dense = [None if i in tables else leaf for i, leaf in enumerate(loss.leaves)]
-    zeros = for_each(choice.tree, zeros_of)
-    lookups = [(f, leaf) for f in lookups_of(choice.tree) for leaf, _ in f.tables]
-    spread = None
-    if asked:
-        check_inside(loss.program, choice.tree, asked.keys(), loss.names)
-        flat, structure = jax.tree.flatten(zeros)
-
-        def ids_of(rows: list[Any]) -> list[Any]:
-            _, (_, ids) = run(dense, jax.tree.unflatten(structure, rows))
-            return jax.tree.leaves(ids)
-
-        spread = SpreadRows(_spread_tables(loss, choice), lookups, ids_of, flat)
-        zeros = jax.tree.unflatten(structure, spread.rows)
+    run = LossRun(loss, choice)
     grad = jax.value_and_grad(run, argnums=(0, 1), has_aux=True)
-    (value, (aux, ids)), (gradients, rows) = grad(dense, zeros)
+    (value, (aux, ids)), (gradients, rows) = grad(run.dense, run.rows)
     ids, rows = map(jax.tree.leaves, (ids, rows))
     parts: dict[int, list[RowSlices]] = {leaf: [] for leaf in tables - asked.keys()}
-    for (found, leaf), *part in zip(lookups, ids, rows, strict=True):
+    for (found, leaf), *part in zip(run.lookups, ids, rows, strict=True):
         if leaf in parts and found.has_gradient:
             parts[leaf].append(RowSlices(*part))
     for leaf in tables:
         if leaf in parts:
             gradients[leaf] = _total(parts[leaf], types[leaf], choice.row_axes[leaf])
-        elif spread is not None:
-            gradients[leaf] = spread.slices(leaf, rows)
+        elif run.spread is not None:
+            gradients[leaf] = run.spread.slices(leaf, rows)
     return (value, aux), gradients
-
-
-def _spread_tables(loss: Loss, choice: Choice) -> dict[int, SpreadTable]:
-    tables = {}
-    for leaf, axis in loss.asked.spread.items():
-        array, count = loss.leaves[leaf], choice.row_axes[leaf]
-        spread = axis.spread(loss.names[leaf], array.shape, count)
-        tables[leaf] = SpreadTable(array, array.shape[:count], spread)
-    return tables
 
 
 def _total(parts: list[RowSlices], table: Any, row_axes: int) -> RowSlices:

@@ -17,6 +17,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from monolith_optax._rows.slices import ring
 from monolith_optax._rows.slices.exchange import Axes
+from monolith_optax._rows.slices.no_derivatives import forward_only
 
 
 @dataclass(frozen=True)
@@ -106,19 +107,21 @@ class Placement:
 
     def gather(self, array: jax.Array, ids: jax.Array) -> jax.Array:
         """Rows of distinct ids, of an array that is as long as the table."""
-        new: jax.Array = _gather(jnp.asarray(array), ids, self.spilled, self.spread)
+        rows = _gather(jnp.asarray(array), ids, self.spilled, self.spread)
+        new: jax.Array = forward_only(rows)
         return new
 
     def scatter(self, array: jax.Array, ids: jax.Array, rows: jax.Array) -> jax.Array:
         """The array with new rows at distinct ids."""
-        new: jax.Array = _scatter(
-            jnp.asarray(array), ids, rows, self.spilled, self.spread, False
-        )
+        array = jnp.asarray(array)
+        array = _scatter(array, ids, rows, self.spilled, self.spread, False)
+        new: jax.Array = forward_only(array)
         return new
 
     def add(self, array: jax.Array, ids: jax.Array, rows: jax.Array) -> jax.Array:
         """The array with rows added, in a dtype that is wide enough for sums."""
-        new: jax.Array = _scatter(array, ids, rows, self.spilled, self.spread, True)
+        array = _scatter(array, ids, rows, self.spilled, self.spread, True)
+        new: jax.Array = forward_only(array)
         return new
 
     def sum_duplicates(
@@ -130,7 +133,7 @@ class Placement:
         """
         spilled = jnp.any(self.spilled)
         ids, rows = _sum_duplicates(ids, rows, spilled, self.spread)
-        return ids, rows, Placement(spilled, self.spread)
+        return ids, forward_only(rows), Placement(spilled, self.spread)
 
     def concatenated(
         self, parts: Sequence[tuple[jax.Array, jax.Array]], spilled: jax.Array
