@@ -34,6 +34,12 @@ from monolith_optax._rows.gradients.with_row_lookups import (
     with_row_lookups as with_row_lookups,
 )
 from monolith_optax._rows.slices.bag_lookup import bag_lookup as bag_lookup
+from monolith_optax._rows.slices.exchange_metrics import (
+    ExchangeMetrics as ExchangeMetrics,
+)
+from monolith_optax._rows.slices.exchange_metrics import (
+    exchange_metrics as exchange_metrics,
+)
 from monolith_optax._rows.slices.row_slices import RowSlices as RowSlices
 from monolith_optax._rows.slices.table_stack import TableStack as TableStack
 from monolith_optax._rows.slices.trees import apply_updates as apply_updates

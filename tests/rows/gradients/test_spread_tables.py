@@ -19,6 +19,7 @@ from monolith_optax import (
     accumulate,
     adamom,
     embedding,
+    exchange_metrics,
     lazy_rows,
     value_and_row_grad,
 )
@@ -142,6 +143,52 @@ def test_value_and_gradients(kind):
 )
 def test_meshes(mesh, kind):
     check(loss, kind, mesh)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["two", "auto", "replicas", "explicit"])
+def test_metrics_count_distinct_rows_by_their_owners(mesh):
+    context, tables, params, ids = on_mesh(
+        mesh, parameters(), np.zeros((BATCH, BAG), "int32")
+    )
+
+    def loss(params, bags):
+        return jnp.sum(take(params["items"], bags, mode="clip") ** 2)
+
+    @jax.jit
+    def step(params, ids):
+        return exchange_metrics(value_and_row_grad(loss, tables)(params, ids)[1])
+
+    devices = {"two": 2, "replicas": 4}.get(mesh, 8)
+    for kind in "zipf", "one_owner", "out_of_range":
+        bags, expected_fit = batches()[kind]
+        with jax.set_mesh(context):
+            found = step(params, jax.device_put(bags.astype("int32"), ids.sharding))
+        bags = np.where(bags < 0, bags + NUM_ROWS, bags)
+        rows = np.unique(np.clip(bags, 0, NUM_ROWS - 1))
+        owned = np.bincount(rows // (NUM_ROWS // devices))
+        metrics = found["items"]
+        assert metrics.distinct_ids == len(rows), kind
+        np.testing.assert_allclose(metrics.largest_share, owned.max() / len(rows))
+        assert bool(metrics.fits) is (expected_fit or mesh == "two")
+
+
+@pytest.mark.slow
+def test_metrics_of_batches_together():
+    """Added up or stacked, they count as one."""
+    bags = batches()["even"][0].astype("int32")
+    _, tables, params, ids = on_mesh("auto", parameters(), bags)
+
+    @jax.jit
+    def both(params, ids):
+        grad = value_and_row_grad(loss, tables)
+        one, other = (grad(params, some)[1]["items"] for some in (ids, ids[:, ::-1]))
+        return exchange_metrics([one, one + other, jax.tree.map(jnp.asarray, one)])
+
+    found = both(params, ids)
+    assert found["0"] == found["1"] == found["2"]
+    with pytest.raises(ValueError, match=r"spread over devices.*but these are"):
+        exchange_metrics(value_and_row_grad(loss)(params, ids)[1])
 
 
 def in_scan(params, bags):
