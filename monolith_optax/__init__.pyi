@@ -50,6 +50,9 @@ from monolith_optax._rows.steps.accumulate import accumulate as accumulate
 from monolith_optax._rows.steps.grow_rows import grow_rows as grow_rows
 from monolith_optax._rows.steps.grow_rows import restack as restack
 from monolith_optax._rows.steps.lazy_rows import lazy_rows as lazy_rows
+from monolith_optax._rows.steps.plan_tables import LeafPlan as LeafPlan
+from monolith_optax._rows.steps.plan_tables import TablePlan as TablePlan
+from monolith_optax._rows.steps.plan_tables import plan_tables as plan_tables
 from monolith_optax._rows.steps.read_rows import read_rows as read_rows
 from monolith_optax._rows.steps.read_rows import write_rows as write_rows
 from monolith_optax._rows.steps.reset_rows import reset_rows as reset_rows

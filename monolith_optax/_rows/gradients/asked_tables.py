@@ -8,6 +8,7 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from monolith_optax._rows.slices.exchange import Axes
+from monolith_optax._rows.slices.exchange_cost import exchange_of, in_bytes
 from monolith_optax._rows.slices.spread import Spread
 
 
@@ -19,7 +20,7 @@ class Axis(NamedTuple):
 
     def spread(self, name: str, shape: tuple[int, ...], row_axes: int) -> Spread:
         """How a table of a shape is spread, whose first axes are rows."""
-        devices = math.prod(self.mesh.shape[axis] for axis in self.axes)
+        devices = self.owners
         if shape[0] % devices or not shape[0]:
             more = devices * max(-(-shape[0] // devices), 1)
             raise ValueError(
@@ -27,6 +28,20 @@ class Axis(NamedTuple):
                 f"rows, which cannot be divided among them: make it {more}."
             )
         return Spread(self.mesh, self.axes, math.prod(shape[:row_axes]))
+
+    @property
+    def owners(self) -> int:
+        """Over how many devices the rows are split."""
+        return math.prod(self.mesh.shape[axis] for axis in self.axes)
+
+    def exchange(self, ids: int, row_shape: tuple[int, ...], dtype: Any) -> str:
+        """What devices send for the ids of a batch, in words."""
+        owners = self.owners
+        found = exchange_of(ids, row_shape, dtype, owners, self.mesh.size // owners)
+        return (
+            f"spread over {owners} devices, each of which sends {in_bytes(found.sent)} "
+            f"for its {found.ids} ids, and has room for {found.limit} of each owner"
+        )
 
 
 class Asked(NamedTuple):

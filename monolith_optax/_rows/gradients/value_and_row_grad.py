@@ -6,6 +6,7 @@ gradients of the zeros are those of the rows.
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 
@@ -170,6 +171,9 @@ class ValueAndRowGrad(Generic[Params, Others, Result]):
     ) -> str:
         """Which leaves have gradients of rows, which have dense ones, and why.
 
+        Of a table that is spread over devices it also says what they exchange in a step
+        whose batch fits the buffers.
+
         Args:
           params: as for the gradients, as are all other arguments.
           *args: what the function takes besides params.
@@ -196,11 +200,22 @@ class ValueAndRowGrad(Generic[Params, Others, Result]):
         loss = self._traced((params, *args), kwargs)
         choice = choose(loss, None)
         places: dict[int, dict[str, None]] = {leaf: {} for leaf in choice.tables}
+        ids = dict.fromkeys(choice.tables, 0)
         for found in lookups_of(choice.tree):
             for leaf, _ in found.tables:
                 places[leaf][found.place] = None
+                ids[leaf] += math.prod(found.ids_shape)
+
+        def exchange(leaf: int) -> str:
+            if leaf not in loss.asked.spread:
+                return ""
+            row = loss.types[leaf].shape[choice.row_axes[leaf] :]
+            axis, dtype = loss.asked.spread[leaf], loss.types[leaf].dtype
+            return f"; {axis.exchange(ids[leaf], row, dtype)}"
+
         return "\n".join(
             f"{name}: rows, looked up by {', '.join(places[leaf]) or 'nothing'}"
+            + exchange(leaf)
             if leaf in choice.tables
             else f"{name}: dense, {choice.refused[leaf]}"
             for leaf, name in enumerate(loss.names)

@@ -10,7 +10,7 @@ import optax
 import pytest
 from compiled_programs import copies, sent
 from jax import lax
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from law import densified
 
@@ -21,6 +21,7 @@ from monolith_optax import (
     embedding,
     exchange_metrics,
     lazy_rows,
+    plan_tables,
     value_and_row_grad,
 )
 from monolith_optax._rows.slices.exchange import capacity
@@ -451,7 +452,13 @@ def test_stacks(kind):
         return value, optax.apply_updates(stacks, updates), state
 
     plain, grad = value_and_row_grad(loss), value_and_row_grad(loss, spec)
-    assert grad.explain(*placed).startswith("float64_3: rows")
+    explained = grad.explain(*placed)
+    assert explained.startswith("float64_3: rows")
+    # 288 ids are 36 on each device.
+    room = capacity(36, 8)
+    sends = f"{2 * 8 * room * (4 + 3 * 8) / 1000:.3g} kB for its 36 ids"
+    assert f"spread over 8 devices, each of which sends {sends}, and" in explained
+    assert explained.endswith(f"has room for {room} of each owner")
     expected = step(plain, stacks, bags)
     many = jax.jit(functools.partial(step, grad))
     chex.assert_trees_all_close(
@@ -512,6 +519,16 @@ def test_a_step_needs_the_share_of_a_device():
     places = 8 * capacity(64 * BAG, 8)
     # Ids, and a row of 32 numbers for each, there and back.
     assert bytes_sent[1] == 2 * places * 4 * (1 + 32)
+    # plan_tables knows it before, from shapes.
+    tx = lazy_rows(embedding.adagrad(0.1))
+    params = {"items": jax.ShapeDtypeStruct((5000 * 8, 32), "float32")}
+    where = NamedSharding(AbstractMesh((8,), ("x",)), P("x"))
+    plan = plan_tables(tx, params, {"items": 8 * 64 * BAG}, where)
+    _, held, sends, needs = plan.leaves["items"]
+    assert plan.tables == {"items": P("x")}
+    assert sends == bytes_sent[1]
+    assert held == 2 * 5000 * 32 * 4
+    assert needed[1] / 1.3 < needs < needed[1] * 1.3
 
 
 @pytest.mark.slow
