@@ -9,6 +9,9 @@ import numpy as np
 # the containers that a user has registered.
 PyTree: TypeAlias = Any
 
+# Where a leaf is in a tree, as `jax.tree_util.keystr` takes it.
+KeyPath: TypeAlias = tuple[Any, ...]
+
 # The parameters of an equation: what each holds depends on its primitive.
 EquationParams: TypeAlias = dict[str, Any]
 

@@ -1,6 +1,6 @@
 """Sums of rows that have the same id, in float32 or wider, rounded once."""
 
-from typing import Any
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +8,9 @@ import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
 from monolith_optax._shardings import replicated
+
+# Of the rounds of `_by_hash`: the factor, the limit, the positions, and who is left.
+_Round: TypeAlias = tuple[ArrayLike, ArrayLike, jax.Array, jax.Array]
 
 
 def sum_duplicates(
@@ -60,7 +63,7 @@ def sum_rows(
     return sums.add(wide, mode="drop", wrap_negative_indices=False).astype(rows.dtype)
 
 
-def at_least_float32(dtype: DTypeLike) -> jnp.dtype[Any]:
+def at_least_float32(dtype: DTypeLike) -> np.dtype:
     """The dtype in which numbers of a floating-point dtype are summed."""
     return jnp.dtype(dtype if jnp.dtype(dtype).itemsize >= 4 else jnp.float32)
 
@@ -104,7 +107,7 @@ def _by_hashing(ids: jax.Array, num_rows: ArrayLike) -> jax.Array:
     here = jnp.arange(size, dtype=jnp.int32)
     numbers = ids.astype(jnp.uint32)  # those below zero are beyond every table
 
-    def compete(carry: Any) -> Any:
+    def compete(carry: _Round) -> _Round:
         factor, limit, positions, undecided = carry
         undecided &= numbers < limit
         slots = ((numbers * factor) >> (32 - bits)).astype(jnp.int32)

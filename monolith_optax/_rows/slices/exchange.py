@@ -10,12 +10,13 @@ places for each owner. If ids are spread, this number is hardly ever too small
 
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import ArrayLike
 
 from monolith_optax._rows.slices.duplicates import LAST_ID, distinct_ids, sum_rows
 
@@ -164,7 +165,7 @@ def _from(array: jax.Array, places: jax.Array) -> jax.Array:
     return array.at[places].get(mode="fill", fill_value=0, wrap_negative_indices=False)
 
 
-def _buffer(route: Route, values: jax.Array, empty: Any, axes: Axes) -> jax.Array:
+def _buffer(route: Route, values: jax.Array, empty: ArrayLike, axes: Axes) -> jax.Array:
     devices = lax.axis_size(axes)
     size = devices * capacity(len(values), devices)
     buffer = jnp.full((size, *values.shape[1:]), empty, values.dtype)

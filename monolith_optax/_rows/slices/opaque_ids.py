@@ -7,7 +7,7 @@ its public way to define a kind of keys gives us such a dtype whose name tells w
 is. A key holds `~id`: the keys that `jnp.zeros_like` makes are then -1, padding.
 """
 
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from jax.extend.random import define_prng_impl
 from jax.typing import ArrayLike
 
 
-def _refuse(*_: Any) -> NoReturn:
+def _refuse(*_: object) -> NoReturn:
     raise TypeError("The row ids of RowSlices are not random keys.")
 
 
@@ -38,7 +38,7 @@ _DTYPE = jax.eval_shape(
 ).dtype
 
 
-def is_opaque(leaf: Any) -> bool:
+def is_opaque(leaf: object) -> bool:
     """Whether a leaf of a tree is an array of opaque ids."""
     return bool(getattr(leaf, "dtype", None) == _DTYPE)
 

@@ -6,7 +6,7 @@ which needs no more memory than one device's share. All functions run inside
 nothing and leaves a table where it is, which `lax.cond` would copy.
 """
 
-from typing import Any
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,12 @@ from monolith_optax._rows.slices.duplicates import (
     sum_rows,
 )
 from monolith_optax._rows.slices.exchange import Axes, own_positions, own_rows
+from monolith_optax._rows.types import EquationParams
+
+Pair: TypeAlias = tuple[jax.Array, jax.Array]  # ids and their rows
+
+# How ids beyond an array are left out of a scatter.
+_DROP: EquationParams = {"mode": "drop", "wrap_negative_indices": False}
 
 
 def gather(
@@ -28,7 +34,7 @@ def gather(
 ) -> jax.Array:
     """Rows of ids: of this device's at once, those of others by the ring."""
 
-    def turn(_: Any, carry: Any) -> Any:
+    def turn(_: jax.Array, carry: Pair) -> Pair:
         ids, rows = _passed_on(carry, axes)
         return ids, rows + own_rows(array, ids, axes)
 
@@ -54,17 +60,16 @@ def scatter(
 
     def put(array: jax.Array, ids: jax.Array, rows: jax.Array) -> jax.Array:
         at = array.at[own_positions(len(array), ids, axes)]
-        options: Any = {"mode": "drop", "wrap_negative_indices": False}
-        return at.add(rows, **options) if add else at.set(rows, **options)
+        return at.add(rows, **_DROP) if add else at.set(rows, **_DROP)
 
-    def turn(_: Any, carry: Any) -> Any:
-        array, *passed = carry
+    def turn(_: jax.Array, carry: tuple[jax.Array, Pair]) -> tuple[jax.Array, Pair]:
+        array, passed = carry
         ids, rows = _passed_on(passed, axes)
-        return put(array, ids, rows), ids, rows
+        return put(array, ids, rows), (ids, rows)
 
     turns = jnp.where(spilled, lax.axis_size(axes) - 1, 0)
-    first = put(array, ids, rows), ids, rows
-    array, *_ = lax.fori_loop(0, turns, turn, first)
+    first = put(array, ids, rows), (ids, rows)
+    array, _ = lax.fori_loop(0, turns, turn, first)
     return array
 
 
@@ -81,17 +86,18 @@ def sum_duplicates(
     mine = sum_rows(positions, wide, rows.shape[ids.ndim :])
     here, device = jnp.arange(len(ids), dtype=jnp.int32), lax.axis_index(axes)
 
-    def turn(count: Any, carry: Any) -> Any:
+    def turn(
+        count: jax.Array, carry: tuple[Pair, jax.Array, jax.Array]
+    ) -> tuple[Pair, jax.Array, jax.Array]:
         passed, total, kept = carry
         ids, rows = _passed_on(passed, axes)
         # The last position of an id that both have is one of this device.
         both = one_position(jnp.concatenate([ids, distinct]), np.uint32(num_rows))
         mine = both[: len(ids)] - len(ids)
         mine = jnp.where((mine >= 0) & (mine < len(ids)), mine, LAST_ID)
-        options: Any = {"mode": "drop", "wrap_negative_indices": False}
-        total = total.at[mine].add(rows, **options)
+        total = total.at[mine].add(rows, **_DROP)
         before = device > count  # the ids came from an earlier device, which keeps them
-        kept = kept.at[jnp.where(before, mine, LAST_ID)].set(False, **options)
+        kept = kept.at[jnp.where(before, mine, LAST_ID)].set(False, **_DROP)
         return (ids, rows), total, kept
 
     start = (distinct, mine), mine, jnp.ones(len(ids), bool)
@@ -101,8 +107,9 @@ def sum_duplicates(
     return jnp.where(kept, distinct, LAST_ID - here), total.astype(rows.dtype)
 
 
-def _passed_on(tree: Any, axes: Axes) -> Any:
-    """What the device before this one had."""
+def _passed_on(pair: Pair, axes: Axes) -> Pair:
+    """The ids and rows that the device before this one had."""
     devices = lax.axis_size(axes)
     steps = [(device, (device + 1) % devices) for device in range(devices)]
-    return jax.tree.map(lambda array: lax.ppermute(array, axes, steps), tree)
+    ids, rows = (lax.ppermute(array, axes, steps) for array in pair)
+    return ids, rows

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast, overload
+from typing import Any, TypeGuard, cast, overload
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from monolith_optax._rows.slices.duplicates import at_least_float32
 from monolith_optax._rows.slices.opaque_ids import int32_ids, is_opaque, opaque, plain
 from monolith_optax._rows.slices.row_access import add_rows, flattened
 from monolith_optax._rows.slices.spread import Placement
+from monolith_optax._rows.types import ArrayType, PyTree
 from monolith_optax._shardings import replicated
 
 
@@ -85,14 +86,14 @@ class RowSlices(metaclass=_Named):
        [2. 2.]]
     """
 
-    _ids: Any  # opaque, or what stands for a leaf where JAX rebuilds trees
+    _ids: jax.Array  # opaque, or what stands for a leaf where JAX rebuilds trees
     rows: jax.Array
     _placement: Placement | None
 
     # NumPy's operators would otherwise take the slices for an element.
     __array_ufunc__ = None
 
-    def __array__(self, *_: Any, **__: Any) -> Any:
+    def __array__(self, *_: object, **__: object) -> Any:
         raise TypeError(
             "RowSlices are not an array: slices.to_dense(num_rows) makes one, and "
             "slices.ids and slices.rows are what they hold."
@@ -141,8 +142,8 @@ class RowSlices(metaclass=_Named):
                 "function that maps over leaves has replaced them."
             )
         if isinstance(self._ids, jax.ShapeDtypeStruct):
-            shape: Any = self._ids.update(dtype=jnp.int32)
-            return cast(jax.Array, shape)
+            shape = cast(ArrayType, self._ids)
+            return cast(jax.Array, shape.update(dtype=jnp.int32))
         return plain(self._ids)
 
     @property
@@ -237,7 +238,7 @@ class RowSlices(metaclass=_Named):
     def __add__(self, other: "RowSlices") -> "RowSlices": ...
     @overload
     def __add__(self, other: ArrayLike) -> jax.Array: ...
-    def __add__(self, other: Any) -> Any:
+    def __add__(self, other: "RowSlices | ArrayLike") -> "RowSlices | jax.Array":
         """`slices + slices` are slices, `table + slices` is a table, in its dtype.
 
         Args:
@@ -336,21 +337,21 @@ class RowSlices(metaclass=_Named):
     def __str__(self) -> str:
         return f"RowSlices(ids={self._shown_ids()}, rows={self.rows})"
 
-    def _shown_ids(self) -> Any:
+    def _shown_ids(self) -> jax.Array:
         return self.ids if is_opaque(self._ids) else self._ids
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> tuple[type, tuple[jax.Array, jax.Array]]:
         # Pickles do not depend on how JAX stores typed keys.
         return RowSlices, (self.ids, self.rows)
 
-    def tree_flatten_with_keys(self) -> tuple[Any, None]:
+    def tree_flatten_with_keys(self) -> tuple[PyTree, None]:
         key = jax.tree_util.GetAttrKey
         names = "ids", "rows", "placement"
         children = self._ids, self.rows, self._placement
         return tuple(zip(map(key, names), children, strict=True)), None
 
     @classmethod
-    def tree_unflatten(cls, _: None, children: tuple[Any, Any, Any]) -> "RowSlices":
+    def tree_unflatten(cls, _: None, children: PyTree) -> "RowSlices":
         # JAX unflattens with placeholders too, which the checks would not understand.
         self = object.__new__(cls)
         object.__setattr__(self, "_ids", children[0])
@@ -359,7 +360,7 @@ class RowSlices(metaclass=_Named):
         return self
 
 
-def is_slices(node: Any) -> bool:
+def is_slices(node: object) -> TypeGuard[RowSlices]:
     """Whether a node of a tree is a `RowSlices`."""
     return isinstance(node, RowSlices)
 
@@ -409,5 +410,5 @@ def _check(slices: RowSlices) -> None:
         )
 
 
-def _describe(leaf: Any) -> str:
+def _describe(leaf: object) -> str:
     return str(getattr(leaf, "dtype", type(leaf).__name__))

@@ -9,7 +9,7 @@ is called with whole arrays, and works on each device's part in `jax.shard_map`.
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,11 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from monolith_optax._rows.slices import ring
 from monolith_optax._rows.slices.exchange import Axes
 from monolith_optax._rows.slices.no_derivatives import forward_only
+from monolith_optax._rows.types import PyTree
+
+Result = TypeVar("Result")
+
+Pair: TypeAlias = tuple[jax.Array, jax.Array]  # ids and their rows
 
 
 @dataclass(frozen=True)
@@ -30,7 +35,7 @@ class Spread:
       num_rows: how many rows the table has.
     """
 
-    mesh: Any
+    mesh: jax.sharding.AbstractMesh
     axes: Axes
     num_rows: int
 
@@ -50,7 +55,9 @@ class Spread:
         """The sharding of arrays that are split as the table's rows are."""
         return PartitionSpec(self.axes)
 
-    def on_devices(self, local: Callable[..., Any], specs: Any, out: Any) -> Any:
+    def on_devices(
+        self, local: Callable[..., Result], specs: PyTree, out: PyTree
+    ) -> Callable[..., Result]:
         """A function of whole arrays that runs another one on each device's part.
 
         Args:
@@ -59,16 +66,19 @@ class Spread:
           out: how its results are split.
         """
 
-        def whole(*args: Any) -> Any:
+        def whole(*args: PyTree) -> Result:
             # Where axes are explicit, this runs inside `automatic`.
             mesh = jax.sharding.get_abstract_mesh() if self._is_explicit else self.mesh
-            return jax.shard_map(
+            mapped: Callable[..., Result] = jax.shard_map(
                 local, mesh=mesh, in_specs=specs, out_specs=out, check_vma=False
-            )(*args)
+            )
+            return mapped(*args)
 
         return whole
 
-    def automatic(self, function: Callable[..., Any], out: Any) -> Any:
+    def automatic(
+        self, function: Callable[..., Result], out: PyTree
+    ) -> Callable[..., Result]:
         """The function, on automatic axes.
 
         Args:
@@ -80,14 +90,17 @@ class Spread:
         placed = jax.tree.map(
             lambda spec: NamedSharding(self.mesh, spec), out, is_leaf=_is_spec
         )
-        return jax.sharding.auto_axes(function, out_sharding=placed)
+        automatic: Callable[..., Result] = jax.sharding.auto_axes(
+            function, out_sharding=placed
+        )
+        return automatic
 
     @property
     def _is_explicit(self) -> bool:
         return AxisType.Explicit in self.mesh.axis_types
 
 
-def _is_spec(node: Any) -> bool:
+def _is_spec(node: object) -> bool:
     return isinstance(node, PartitionSpec)
 
 
@@ -144,7 +157,9 @@ class Placement:
 
 
 @functools.partial(jax.jit, static_argnames="spread")
-def _gather(array: Any, ids: Any, spilled: Any, spread: Spread) -> Any:
+def _gather(
+    array: jax.Array, ids: jax.Array, spilled: jax.Array, spread: Spread
+) -> jax.Array:
     local = functools.partial(ring.gather, axes=spread.axes)
     specs = spread.by_rows, spread.by_rows, PartitionSpec()
     whole = spread.on_devices(local, specs, spread.by_rows)
@@ -153,9 +168,16 @@ def _gather(array: Any, ids: Any, spilled: Any, spread: Spread) -> Any:
 
 @functools.partial(jax.jit, static_argnames=("spread", "add"))
 def _scatter(
-    array: Any, ids: Any, rows: Any, spilled: Any, spread: Spread, add: bool
-) -> Any:
-    def local(array: Any, ids: Any, rows: Any, spilled: Any) -> Any:
+    array: jax.Array,
+    ids: jax.Array,
+    rows: jax.Array,
+    spilled: jax.Array,
+    spread: Spread,
+    add: bool,
+) -> jax.Array:
+    def local(
+        array: jax.Array, ids: jax.Array, rows: jax.Array, spilled: jax.Array
+    ) -> jax.Array:
         rows = rows.reshape(-1, *array.shape[1:])
         return ring.scatter(
             array, ids.reshape(-1), rows, jnp.any(spilled), spread.axes, add=add
@@ -167,8 +189,10 @@ def _scatter(
 
 
 @functools.partial(jax.jit, static_argnames="spread")
-def _sum_duplicates(ids: Any, rows: Any, spilled: Any, spread: Spread) -> Any:
-    def local(ids: Any, rows: Any, spilled: Any) -> Any:
+def _sum_duplicates(
+    ids: jax.Array, rows: jax.Array, spilled: jax.Array, spread: Spread
+) -> Pair:
+    def local(ids: jax.Array, rows: jax.Array, spilled: jax.Array) -> Pair:
         flat = rows.reshape(ids.size, *rows.shape[ids.ndim :])
         return ring.sum_duplicates(
             ids.reshape(-1), flat, spread.num_rows, jnp.any(spilled), spread.axes
@@ -180,8 +204,8 @@ def _sum_duplicates(ids: Any, rows: Any, spilled: Any, spread: Spread) -> Any:
 
 
 @functools.partial(jax.jit, static_argnames="spread")
-def _concatenate(parts: Any, spread: Spread) -> Any:
-    def local(*parts: Any) -> Any:
+def _concatenate(parts: tuple[Pair, ...], spread: Spread) -> Pair:
+    def local(*parts: Pair) -> Pair:
         return (
             jnp.concatenate([ids.reshape(-1) for ids, _ in parts]),
             jnp.concatenate(
@@ -194,6 +218,6 @@ def _concatenate(parts: Any, spread: Spread) -> Any:
     return spread.automatic(spread.on_devices(local, specs, out), out)(*parts)
 
 
-def _of_slices(ids: Any, spread: Spread) -> PartitionSpec:
+def _of_slices(ids: jax.Array, spread: Spread) -> PartitionSpec:
     """The spec of slices, whose last axis of ids is split; others stack batches."""
     return PartitionSpec(*[None] * (jnp.ndim(ids) - 1), spread.axes)

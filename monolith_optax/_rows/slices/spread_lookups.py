@@ -2,19 +2,25 @@
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec
+from jax.typing import ArrayLike
 
 from monolith_optax._rows.slices import exchange, ring
 from monolith_optax._rows.slices.duplicates import at_least_float32
 from monolith_optax._rows.slices.exchange import NOBODY, Route
 from monolith_optax._rows.slices.spread import Placement, Spread
+from monolith_optax._rows.types import PyTree
 from monolith_optax._shardings import rows_sharding
+
+Arrays: TypeAlias = Sequence[jax.Array]
+Found: TypeAlias = tuple[list[jax.Array], Route]
+Sent: TypeAlias = tuple[jax.Array, jax.Array, jax.Array]
 
 
 def look_up(
@@ -48,10 +54,10 @@ def send(
 
 
 @functools.partial(jax.jit, static_argnames="spread")
-def _look_up(table: Any, ids: Any, spread: Spread) -> Any:
+def _look_up(table: jax.Array, ids: Arrays, spread: Spread) -> Found:
     split = PartitionSpec(spread.all_axes)
 
-    def local(table: Any, ids: Any) -> Any:
+    def local(table: jax.Array, ids: Arrays) -> Found:
         sizes = list(map(len, ids))
         found = _route(jnp.concatenate(ids), spread)
         rows = exchange.fetch(table, found, spread.axes)
@@ -60,7 +66,7 @@ def _look_up(table: Any, ids: Any, spread: Spread) -> Any:
         rows = rows.at[found.positions].get(mode="fill", fill_value=0)
         return jnp.split(rows, np.cumsum(sizes)[:-1]), found
 
-    def whole(table: Any, ids: Any) -> Any:
+    def whole(table: jax.Array, ids: Arrays) -> Found:
         shares = [_share(each, each.ndim, NOBODY, spread) for each in ids]
         run = spread.on_devices(
             local, (spread.by_rows, split), (split, _of_route(split))
@@ -78,10 +84,10 @@ def _look_up(table: Any, ids: Any, spread: Spread) -> Any:
 
 
 @functools.partial(jax.jit, static_argnames="spread")
-def _send(route: Any, ids: Any, rows: Any, spread: Spread) -> Any:
+def _send(route: Route, ids: Arrays, rows: Arrays, spread: Spread) -> Sent:
     split, dtype = PartitionSpec(spread.all_axes), rows[0].dtype
 
-    def local(route: Any, ids: Any, rows: Any) -> Any:
+    def local(route: Route, ids: Arrays, rows: Arrays) -> Sent:
         wide = jnp.concatenate(rows).astype(at_least_float32(dtype))
         sums = exchange.own_sums(route, jnp.concatenate(ids), wide)
         if others := spread.other_axes:  # the owners on the other axes need them, too
@@ -95,7 +101,7 @@ def _send(route: Any, ids: Any, rows: Any, spread: Spread) -> Any:
             )
         return sums[0], sums[1].astype(dtype), route.spilled
 
-    def whole(route: Any, ids: Any, rows: Any) -> Any:
+    def whole(route: Route, ids: Arrays, rows: Arrays) -> Sent:
         shares = [
             (
                 _share(some, some.ndim, NOBODY, spread),
@@ -110,15 +116,15 @@ def _send(route: Any, ids: Any, rows: Any, spread: Spread) -> Any:
     return spread.automatic(whole, out)(route, ids, rows)
 
 
-def _route(ids: Any, spread: Spread) -> Route:
+def _route(ids: jax.Array, spread: Spread) -> Route:
     return exchange.route(ids, spread.num_rows, spread.axes, spread.all_axes)
 
 
-def _of_route(split: PartitionSpec) -> Any:
+def _of_route(split: PartitionSpec) -> PyTree:
     return Route._make([split] * 3 + [PartitionSpec()])
 
 
-def _share(array: Any, axes: int, fill: Any, spread: Spread) -> Any:
+def _share(array: jax.Array, axes: int, fill: ArrayLike, spread: Spread) -> jax.Array:
     """An array whose first axes become one that can be split over all devices."""
     flat = array.reshape(-1, *array.shape[axes:])
     devices = spread.mesh.size

@@ -11,17 +11,21 @@ so a stack that is split over n devices gives each of them a share of every tabl
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import keystr
+from jax.typing import ArrayLike
 
 from monolith_optax._leaves import describe, dtype_of
 from monolith_optax._public import public
 from monolith_optax._rows.slices.duplicates import check_size
 from monolith_optax._rows.slices.opaque_ids import int32_ids
+from monolith_optax._rows.types import PyTree
+
+Integers = TypeVar("Integers", np.ndarray, jax.Array)
 
 
 @dataclass(frozen=True)
@@ -91,7 +95,7 @@ class TableStack:
       [ 4 -1  5]
     """
 
-    def __init__(self, tables: Any, shards: int = 1) -> None:
+    def __init__(self, tables: PyTree, shards: int = 1) -> None:
         if shards < 1:
             raise ValueError(f"shards must be at least 1, but it is {shards}.")
         leaves, self._structure = jax.tree.flatten_with_path(tables)
@@ -115,7 +119,7 @@ class TableStack:
         for each in self.shapes.values():
             check_size(each.shape[0], 0)
 
-    def pack(self, tables: Any) -> dict[str, Any]:
+    def pack(self, tables: PyTree) -> dict[str, jax.Array]:
         """The arrays that hold these tables.
 
         Call it inside `jax.jit` with `out_shardings` to make tables that no single
@@ -132,7 +136,7 @@ class TableStack:
           ValueError: the tree or a number of rows is another, or arrays that belong
             together have rows of different shapes or dtypes.
         """
-        parts: dict[str, list[Any]] = {key: [] for key in self.shapes}
+        parts: dict[str, list[jax.Array]] = {key: [] for key in self.shapes}
         for part, table in self._leaves("tables", tables):
             if np.shape(table)[:1] != (part.num_rows,):
                 raise ValueError(
@@ -142,7 +146,7 @@ class TableStack:
             parts[part.key].append(self._in_shards(part, jnp.asarray(table)))
         return {key: self._joined(key, arrays) for key, arrays in parts.items()}
 
-    def unpack(self, stacks: Any) -> Any:
+    def unpack(self, stacks: PyTree) -> PyTree:
         """The tables that these arrays hold.
 
         Args:
@@ -172,7 +176,7 @@ class TableStack:
         tables = [self._table(part, stacks[part.key]) for part in self._parts]
         return jax.tree.unflatten(self._structure, tables)
 
-    def row_ids(self, ids: Any) -> dict[str, jax.Array]:
+    def row_ids(self, ids: PyTree) -> dict[str, jax.Array]:
         """Rows of the tables as rows of the arrays.
 
         Args:
@@ -189,7 +193,7 @@ class TableStack:
         """
         return self._concatenated("ids", ids, self._row_ids)
 
-    def concatenate(self, rows: Any) -> dict[str, jax.Array]:
+    def concatenate(self, rows: PyTree) -> dict[str, jax.Array]:
         """Values for the rows of `row_ids`, in the same order.
 
         Args:
@@ -204,7 +208,7 @@ class TableStack:
         """
         return self._concatenated("rows", rows, self._rows)
 
-    def start(self, init: Any) -> dict[str, jax.Array]:
+    def start(self, init: PyTree) -> dict[str, jax.Array]:
         """The arrays of new tables.
 
         Args:
@@ -217,7 +221,9 @@ class TableStack:
             }
         return self.pack(init)
 
-    def moves_to(self, new: "TableStack") -> tuple[dict[str, Any], dict[str, Any]]:
+    def moves_to(
+        self, new: "TableStack"
+    ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
         """For each array where rows of its tables are, and where they are in another.
 
         Raises:
@@ -225,8 +231,8 @@ class TableStack:
             of another shape or dtype.
         """
         others = {part.name: part for part in new._parts}
-        before: dict[str, list[Any]] = {key: [] for key in self.shapes}
-        after: dict[str, list[Any]] = {key: [] for key in self.shapes}
+        before: dict[str, list[np.ndarray]] = {key: [] for key in self.shapes}
+        after: dict[str, list[np.ndarray]] = {key: [] for key in self.shapes}
         for part in self._parts:
             other = others.get(part.name)
             if other is None or other.key != part.key or other.num_rows < part.num_rows:
@@ -244,14 +250,14 @@ class TableStack:
             {key: np.concatenate(rows) for key, rows in after.items()},
         )
 
-    def _positions(self, part: _Part, rows: Any) -> Any:
+    def _positions(self, part: _Part, rows: Integers) -> Integers:
         """Where rows of a table are in its array."""
         per_shard = self.shapes[part.key].shape[0] // self._shards
         shard, row = divmod(rows, np.int32(max(part.per_shard, 1)))
         return shard * np.int32(per_shard) + np.int32(part.first) + row
 
-    def _leaves(self, what: str, tree: Any) -> list[tuple[_Part, Any]]:
-        pairs: list[tuple[_Part, Any]] = []
+    def _leaves(self, what: str, tree: PyTree) -> list[tuple[_Part, PyTree]]:
+        pairs: list[tuple[_Part, PyTree]] = []
         parts = jax.tree.unflatten(self._structure, self._parts)
         try:
             jax.tree.map(lambda part, leaf: pairs.append((part, leaf)), parts, tree)
@@ -280,7 +286,7 @@ class TableStack:
         joined = jnp.concatenate(tables, axis=1)
         return joined.reshape(-1, *joined.shape[2:])
 
-    def _table(self, part: _Part, array: Any) -> Any:
+    def _table(self, part: _Part, array: jax.Array) -> jax.Array:
         if self._shards == 1:
             return array[part.first : part.first + part.num_rows]
         row_shape = np.shape(array)[1:]
@@ -289,8 +295,8 @@ class TableStack:
         return table.reshape(-1, *row_shape)[: part.num_rows]
 
     def _concatenated(
-        self, what: str, tree: Any, flat: Callable[[_Part, Any], jax.Array]
-    ) -> dict[str, Any]:
+        self, what: str, tree: PyTree, flat: Callable[[_Part, ArrayLike], jax.Array]
+    ) -> dict[str, PyTree]:
         found: dict[str, list[jax.Array]] = {key: [] for key in self.shapes}
         for part, leaf in self._leaves(what, tree):
             if leaf is not None:
@@ -300,12 +306,12 @@ class TableStack:
             for key, arrays in found.items()
         }
 
-    def _row_ids(self, part: _Part, ids: Any) -> jax.Array:
+    def _row_ids(self, part: _Part, ids: ArrayLike) -> jax.Array:
         ids = int32_ids(ids).reshape(-1)
         inside = (ids >= 0) & (ids < part.num_rows)
         return jnp.where(inside, self._positions(part, ids), -1)
 
-    def _rows(self, part: _Part, rows: Any) -> jax.Array:
+    def _rows(self, part: _Part, rows: ArrayLike) -> jax.Array:
         row_shape = self.shapes[part.key].shape[1:]
         if np.shape(rows)[-len(row_shape) :] != row_shape:
             raise ValueError(

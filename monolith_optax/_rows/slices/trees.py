@@ -1,6 +1,7 @@
 """Trees of arrays that contain RowSlices: sums, norms, sums over devices."""
 
-from typing import Any, TypeVar
+from collections.abc import Hashable
+from typing import TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -13,13 +14,17 @@ from monolith_optax._rows.slices.duplicates import (
     sum_rows,
 )
 from monolith_optax._rows.slices.row_slices import RowSlices, is_slices, row_axes
+from monolith_optax._rows.types import KeyPath, PyTree
 from monolith_optax._shardings import replicated
+
+AxisName: TypeAlias = Hashable | tuple[Hashable, ...]
+Leaf: TypeAlias = jax.Array | RowSlices
 
 Params = TypeVar("Params")
 Tree = TypeVar("Tree")
 
 
-def apply_updates(params: Params, updates: Any) -> Params:
+def apply_updates(params: Params, updates: PyTree) -> Params:
     """`optax.apply_updates`, which also adds `RowSlices` and rounds once.
 
     Sums are taken in float32, or in the dtype of the parameter if that is wider, and
@@ -49,7 +54,7 @@ def apply_updates(params: Params, updates: Any) -> Params:
       bfloat16 [0 2 0] [1. 1.]
     """
 
-    def apply(path: Any, update: Any, param: Any) -> Any:
+    def apply(path: KeyPath, update: PyTree, param: PyTree) -> PyTree:
         if update is None:
             return param
         shape, dtype = getattr(param, "shape", ()), getattr(param, "dtype", None)
@@ -78,7 +83,7 @@ def apply_updates(params: Params, updates: Any) -> Params:
     return new
 
 
-def global_norm(tree: Any) -> jax.Array:
+def global_norm(tree: PyTree) -> jax.Array:
     """The 2-norm of all gradients, as `optax.global_norm` of the dense ones gives it.
 
     Rows with the same id are summed before they are squared, and rows of negative ids
@@ -127,7 +132,7 @@ def _sum_of_squares(array: jax.Array) -> jax.Array:
     return jnp.sum(jnp.real(wide * jnp.conj(wide)))
 
 
-def psum(tree: Tree, axis_name: Any) -> Tree:
+def psum(tree: Tree, axis_name: AxisName) -> Tree:
     """`jax.lax.psum` of gradients, some of which are `RowSlices`.
 
     Slices of all devices are concatenated, which is their sum: each device then has as
@@ -162,9 +167,10 @@ def psum(tree: Tree, axis_name: Any) -> Tree:
        [7 8]]
     """
 
-    def total(leaf: Any) -> Any:
+    def total(leaf: Leaf) -> Leaf:
         if not is_slices(leaf):
-            return jax.lax.psum(leaf, axis_name)
+            summed: jax.Array = jax.lax.psum(leaf, axis_name)
+            return summed
         if leaf.placement is not None:
             raise ValueError(
                 "The gradient of a table that is spread over devices is that of the "
@@ -180,7 +186,7 @@ def psum(tree: Tree, axis_name: Any) -> Tree:
     return totals
 
 
-def pmean(tree: Tree, axis_name: Any) -> Tree:
+def pmean(tree: Tree, axis_name: AxisName) -> Tree:
     """`jax.lax.pmean` of gradients, some of which are `RowSlices`.
 
     Each device's gradient is that of the mean over its part of the batch. Their mean is
@@ -210,25 +216,24 @@ def pmean(tree: Tree, axis_name: Any) -> Tree:
        [0.5]]
     """
 
-    def mean(leaf: Any) -> Any:
+    def mean(leaf: Leaf) -> Leaf:
         if not is_slices(leaf):
-            return jax.lax.pmean(leaf, axis_name)
+            averaged: jax.Array = jax.lax.pmean(leaf, axis_name)
+            return averaged
         return psum(leaf, axis_name) / jax.lax.axis_size(axis_name)
 
     means: Tree = jax.tree.map(mean, tree, is_leaf=is_slices)
     return means
 
 
-def _all_gather(array: jax.Array, axis_name: Any) -> jax.Array:
+def _all_gather(array: jax.Array, axis_name: AxisName) -> jax.Array:
     """The arrays of all devices, of a type that says they are the same on each."""
-    lax: Any = jax.lax
     names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
-    gather, options, at_once = lax.all_gather, {}, [names]
-    if hasattr(lax, "all_gather_invariant"):  # JAX 0.8
-        gather = lax.all_gather_invariant
+    gather = getattr(jax.lax, "all_gather_invariant", jax.lax.all_gather)  # JAX 0.8
+    options, at_once = {}, [names]
     if not set(names) <= set(jax.sharding.get_abstract_mesh().manual_axes):
         at_once = [(name,) for name in reversed(names)]  # vmap takes one at a time
-    elif gather is lax.all_gather:
+    elif gather is jax.lax.all_gather:
         options = {"to": "invarying"}  # under vmap JAX 0.10 refuses it
     for each in at_once:
         array = gather(array, each, tiled=True, **options)
