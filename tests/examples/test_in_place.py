@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import AxisType
 from steps_in_place import steps_are_checked
 
-from monolith_optax import adamom, lazy_rows
+from monolith_optax import adamom
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -36,7 +36,7 @@ def test_examples(name, tmp_path, monkeypatch):
 def test_the_example_of_many_devices():
     example = multihost_worker.example
     mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
-    tx = lazy_rows(adamom(0.1))
+    tx = example.clipped(adamom(0.1))
 
     def init():
         return example.init_params(64, seed=0)

@@ -177,6 +177,8 @@ def test_a_run_that_loses_processes_ends_as_if_it_had_not(
     expected, actual = (worker.restore(run) for run in (whole, folder))
     assert expected[0] == actual[0] == steps
     chex.assert_trees_all_equal(expected[1], actual[1])
+    on_four = worker.restore(folder, jax.devices()[:4])
+    chex.assert_trees_all_equal(*map(jax.device_get, (on_four[1], actual[1])))
 
 
 def lose_a_process(addresses, folder, steps, number, moment, pause):

@@ -13,7 +13,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
-from monolith_optax import adamom, lazy_rows, rmsprop
+from monolith_optax import adamom, rmsprop
 
 PATH = Path(__file__).parents[2] / "examples" / "train_multihost.py"
 DIM, BATCH, STEPS = 4, 16, 4
@@ -48,7 +48,7 @@ def init():
 def train(name, dense, devices):
     """Params and state after a few steps, as they are spread over the devices."""
     mesh = mesh_of(devices)
-    tx = lazy_rows(OPTIMIZERS[name]())
+    tx = example.clipped(OPTIMIZERS[name]())
     like = example.carry_like(tx, init, mesh)
     _, carry = example.first_carry(tx, init, like, None)
     check_shards(carry, len(devices))
@@ -62,33 +62,32 @@ def train(name, dense, devices):
     return carry
 
 
-def restore(folder):
-    """The last step of the example with adamom, and its checkpoint."""
+def restore(folder, devices=None):
+    """The last step of the example with adamom, and its checkpoint on some devices."""
+    devices = devices or jax.devices()
     make, rate = example.OPTIMIZERS["adamom"]
-    tx = lazy_rows(make(rate))
-    like = example.carry_like(tx, init, mesh_of(jax.devices()))
+    tx = example.clipped(make(rate))
+    like = example.carry_like(tx, init, mesh_of(devices))
     saved = example.open_checkpoints(folder, 1)
     done, carry = example.first_carry(tx, init, like, saved)
     saved.close()
-    check_shards(carry, jax.device_count())
+    check_shards(carry, len(devices))
     return done, carry
 
 
 def check_shards(carry, num_devices):
-    """Every device has its rows of tables and of their slots, and no others."""
-    params, state = carry
-    for slot in params, *state[1:]:
-        if isinstance(slot, jax.Array):  # c of compact_c
-            assert slot.shape == ()
-            assert slot.is_fully_replicated
-            continue
-        for table in slot["fields"], slot["pairs"]:
-            rows = {shard.data.shape[0] for shard in table.addressable_shards}
-            assert rows == {len(table) // num_devices}
-            here = {shard.index[0].start or 0 for shard in table.addressable_shards}
-            assert len(here) == len(table.addressable_shards)
-            assert len(here) == num_devices // jax.process_count()
-        assert slot["hidden"].is_fully_replicated
+    """Every device has its rows of the stack and of its slots, and no others."""
+    (params, _), leaves = carry, jax.tree.leaves(carry)
+    [stack] = params["stacks"].values()
+    stacks = [leaf for leaf in leaves if leaf.shape == stack.shape]
+    assert len(stacks) >= 3
+    for table in stacks:
+        rows = {shard.data.shape[0] for shard in table.addressable_shards}
+        assert rows == {len(table) // num_devices}
+        here = {shard.index[0].start or 0 for shard in table.addressable_shards}
+        assert len(here) == len(table.addressable_shards)
+        assert len(here) == num_devices // jax.process_count()
+    assert all(leaf.is_fully_replicated for leaf in leaves if leaf.shape != stack.shape)
 
 
 def check_restored(folder, steps, carry):
