@@ -34,8 +34,9 @@ MESHES = {
     "two": ((2,), *ONE_AXIS[1:], AxisType.Auto),
     "four": ((4,), *ONE_AXIS[1:], AxisType.Auto),
     "replicas": ((2, 4), ("d", "t"), P("t"), P(("d", "t")), AxisType.Auto),
+    "both axes": ((2, 4), ("d", "t"), P(("d", "t")), P(("d", "t")), AxisType.Auto),
 }
-SLOW = "explicit", "two", "four"
+SLOW = "explicit", "two", "four", "both axes"
 
 
 @pytest.fixture(autouse=True)
