@@ -10,6 +10,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from monolith_optax._rows.slices.exchange import Axes
 from monolith_optax._rows.slices.exchange_cost import exchange_of, in_bytes
 from monolith_optax._rows.slices.spread import Spread
+from monolith_optax._rows.types import PyTree
 
 
 class Axis(NamedTuple):
@@ -56,7 +57,7 @@ class Asked(NamedTuple):
     spread: dict[int, Axis]
 
 
-def read(tables: Any, params: Any) -> Asked:
+def read(tables: PyTree, params: PyTree) -> Asked:
     """What is asked for the leaves of params.
 
     Raises:
@@ -88,15 +89,15 @@ def read(tables: Any, params: Any) -> Asked:
     return Asked(flags, spread)
 
 
-def _is_none(node: Any) -> bool:
+def _is_none(node: PyTree) -> bool:
     return node is None
 
 
-def _is_spec(value: Any) -> bool:
+def _is_spec(value: PyTree) -> bool:
     return isinstance(value, PartitionSpec | NamedSharding)
 
 
-def _axis(name: str, value: Any, leaf: Any) -> Axis | None:
+def _axis(name: str, value: PyTree, leaf: PyTree) -> Axis | None:
     if value is None or isinstance(value, bool | np.bool_):
         return None
     if not _is_spec(value):
@@ -131,7 +132,7 @@ def _axis(name: str, value: Any, leaf: Any) -> Axis | None:
     return Axis(mesh, axes)
 
 
-def _mesh(name: str, given: Any, leaf: Any) -> Any:
+def _mesh(name: str, given: PyTree, leaf: PyTree) -> Any:
     """The abstract mesh of a table, or None if nothing shows it."""
     context = jax.sharding.get_abstract_mesh()
     its = jax.typeof(leaf).sharding.mesh
@@ -152,7 +153,7 @@ def _mesh(name: str, given: Any, leaf: Any) -> Any:
     return next((each for each in known if not each.empty), None)
 
 
-def _check_type(name: str, spec: Any, axes: Axes, leaf: Any) -> None:
+def _check_type(name: str, spec: Any, axes: Axes, leaf: PyTree) -> None:
     """On explicit axes the type says how a table is split."""
     sharding = jax.typeof(leaf).sharding
     if AxisType.Explicit not in sharding.mesh.axis_types:

@@ -16,6 +16,7 @@ from monolith_optax._rows.gradients.spread_rows import (
 )
 from monolith_optax._rows.gradients.trace_loss import Loss
 from monolith_optax._rows.programs import jaxprs
+from monolith_optax._rows.types import PyTree
 
 
 class LossRun:
@@ -34,13 +35,15 @@ class LossRun:
         tree, tables = choice.tree, choice.tables
         self.lookups = [(f, leaf) for f in lookups_of(tree) for leaf, _ in f.tables]
         self.dense = [None if i in tables else x for i, x in enumerate(loss.leaves)]
-        self.rows: Any = for_each(tree, self._zeros)
+        self.rows: PyTree = for_each(tree, self._zeros)
         self.spread: SpreadRows | None = None
         if loss.asked.spread:
             check_inside(loss.program, tree, loss.asked.spread.keys(), loss.names)
             self._look_up()
 
-    def __call__(self, dense: list[Any], rows: Any) -> tuple[Any, tuple[Any, Any]]:
+    def __call__(
+        self, dense: list[PyTree], rows: PyTree
+    ) -> tuple[PyTree, tuple[PyTree, PyTree]]:
         """The value, and a pair of the auxiliary results and the ids of all lookups."""
         operands = [
             Parameter(i, leaf, is_spread=i in self._loss.asked.spread)

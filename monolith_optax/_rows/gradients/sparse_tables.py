@@ -2,22 +2,22 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import jax
 
 from monolith_optax._rows.gradients.choose_tables import choose
 from monolith_optax._rows.gradients.lookup_tree import lookups_of
 from monolith_optax._rows.gradients.trace_loss import trace_loss
+from monolith_optax._rows.types import PyTree
 
 
 def sparse_tables(
-    fun: Callable[..., Any],
-    params: Any,
-    *args: Any,
+    fun: Callable[..., PyTree],
+    params: PyTree,
+    *args: PyTree,
     has_aux: bool = False,
-    **kwargs: Any,
-) -> Any:
+    **kwargs: PyTree,
+) -> PyTree:
     """The tables with more rows than a batch has ids, to be given as `tables`.
 
     A step on rows searches for repeated ids, gathers and scatters. Where a batch looks

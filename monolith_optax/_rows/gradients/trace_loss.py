@@ -9,6 +9,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from monolith_optax._rows.gradients.asked_tables import Asked, read
 from monolith_optax._rows.programs import jaxprs
+from monolith_optax._rows.types import PyTree
 
 
 class Loss(NamedTuple):
@@ -27,10 +28,10 @@ class Loss(NamedTuple):
     """
 
     program: jaxprs.Program
-    leaves: list[Any]
+    leaves: list[PyTree]
     names: list[str]
-    structure: Any
-    with_arrays: Callable[[list[Any]], Any]
+    structure: PyTree
+    with_arrays: Callable[[list[PyTree]], PyTree]
     from_numpy: bool
     asked: Asked
     for_gradients: bool = True
@@ -42,12 +43,12 @@ class Loss(NamedTuple):
 
 
 def trace_loss(
-    fun: Callable[..., Any],
+    fun: Callable[..., PyTree],
     argnums: int | Sequence[int],
     has_aux: bool,
-    tables: Any,
-    args: Sequence[Any],
-    kwargs: Any,
+    tables: PyTree,
+    args: Sequence[PyTree],
+    kwargs: PyTree,
 ) -> Loss:
     """Traces a function of its arguments with some numbers, for others as they are.
 
@@ -64,10 +65,10 @@ def trace_loss(
     )
     asked = read(tables, params)
     paths, structure = jax.tree.flatten_with_path(params)
-    aux: list[Any] = []
+    aux: list[PyTree] = []
     aux_structure: Any = None
 
-    def flat(*leaves: Any) -> list[Any]:
+    def flat(*leaves: PyTree) -> list[PyTree]:
         nonlocal aux, aux_structure
         given, traced = list(args), jax.tree.unflatten(structure, leaves)
         of_each = [traced] if isinstance(argnums, int) else traced
@@ -89,7 +90,7 @@ def trace_loss(
             raise ValueError(_SPLIT_IDS) from error
         raise
 
-    def with_arrays(arrays: list[Any]) -> Any:
+    def with_arrays(arrays: list[PyTree]) -> PyTree:
         rest = iter(arrays)
         filled = [next(rest) if leaf is _ARRAY else leaf for leaf in aux]
         return jax.tree.unflatten(aux_structure, filled)
@@ -103,7 +104,7 @@ def trace_loss(
     return Loss(program, leaves, names, structure, with_arrays, bool(arrays), asked)
 
 
-def _unsplit(leaf: Any) -> Any:
+def _unsplit(leaf: PyTree) -> PyTree:
     """The type of a table without the axes over which it is spread."""
     kind = jax.typeof(leaf)
     whole = NamedSharding(kind.sharding.mesh, PartitionSpec(*[None] * kind.ndim))
@@ -128,7 +129,7 @@ _SPLIT_IDS = (
 _ARRAY = object()
 
 
-def _pair(result: Any) -> Any:
+def _pair(result: PyTree) -> PyTree:
     if not isinstance(result, tuple) or len(result) != 2:
         raise TypeError(
             "With has_aux=True the function must return a pair of a scalar and what is "
@@ -137,7 +138,7 @@ def _pair(result: Any) -> Any:
     return _scalar(result[0]), result[1]
 
 
-def _scalar(value: Any) -> Any:
+def _scalar(value: PyTree) -> PyTree:
     if not jax.tree_util.treedef_is_leaf(jax.tree.structure(value)):
         raise TypeError(
             f"Gradients are those of a scalar, but the function returned {value!r}. If "
@@ -146,7 +147,7 @@ def _scalar(value: Any) -> Any:
     return value
 
 
-def _is_numpy(leaf: Any) -> bool:
+def _is_numpy(leaf: PyTree) -> bool:
     return isinstance(leaf, np.ndarray) and leaf.dtype.kind in "biuf"
 
 

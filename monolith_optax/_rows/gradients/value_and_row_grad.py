@@ -19,6 +19,7 @@ from monolith_optax._rows.gradients.lookup_tree import lookups_of
 from monolith_optax._rows.gradients.run_loss import LossRun
 from monolith_optax._rows.gradients.trace_loss import Loss, trace_loss
 from monolith_optax._rows.slices.row_slices import RowSlices
+from monolith_optax._rows.types import PyTree
 
 Params = TypeVar("Params")
 Others = ParamSpec("Others")
@@ -27,7 +28,7 @@ Result = TypeVar("Result")
 
 def value_and_row_grad(
     fun: Callable[Concatenate[Params, Others], Result],
-    tables: Any = None,
+    tables: PyTree = None,
     *,
     argnums: int | Sequence[int] = 0,
     has_aux: bool = False,
@@ -122,7 +123,7 @@ class ValueAndRowGrad(Generic[Params, Others, Result]):
     def __init__(
         self,
         fun: Callable[Concatenate[Params, Others], Result],
-        tables: Any,
+        tables: PyTree,
         argnums: int | Sequence[int],
         has_aux: bool,
         max_dense_rows: int | None,
@@ -131,20 +132,20 @@ class ValueAndRowGrad(Generic[Params, Others, Result]):
         self._fun, self._tables, self._argnums = fun, tables, argnums
         self._has_aux, self._max_dense_rows = has_aux, max_dense_rows
 
-    def _chosen(self, args: Any, kwargs: Any) -> tuple[Loss, Choice]:
+    def _chosen(self, args: PyTree, kwargs: PyTree) -> tuple[Loss, Choice]:
         loss = self._traced(args, kwargs)
         return loss, choose(loss, self._max_dense_rows)
 
-    def _traced(self, args: Any, kwargs: Any) -> Loss:
+    def _traced(self, args: PyTree, kwargs: PyTree) -> Loss:
         return trace_loss(
             self._fun, self._argnums, self._has_aux, self._tables, args, kwargs
         )
 
-    # The gradients are Any, as JAX's are: their tree is that of params, but no type can
+    # The gradients are any tree, as JAX's are: it is that of params, but no type can
     # say which of its leaves are slices.
     def __call__(
         self, params: Params, *args: Others.args, **kwargs: Others.kwargs
-    ) -> tuple[Result, Any]:
+    ) -> tuple[Result, PyTree]:
         """The value of the function, or the pair, and the gradients.
 
         Args:
@@ -163,7 +164,7 @@ class ValueAndRowGrad(Generic[Params, Others, Result]):
         """
         loss, choice = self._chosen((params, *args), kwargs)
         (value, aux), gradients = _differentiate(loss, choice)
-        result: Any = (value, loss.with_arrays(aux)) if self._has_aux else value
+        result: PyTree = (value, loss.with_arrays(aux)) if self._has_aux else value
         return result, jax.tree.unflatten(loss.structure, gradients)
 
     def explain(
@@ -222,7 +223,9 @@ class ValueAndRowGrad(Generic[Params, Others, Result]):
         )
 
 
-def _differentiate(loss: Loss, choice: Choice) -> tuple[tuple[Any, Any], list[Any]]:
+def _differentiate(
+    loss: Loss, choice: Choice
+) -> tuple[tuple[PyTree, PyTree], list[PyTree]]:
     types, tables, asked = loss.types, choice.tables, loss.asked.spread
     run = LossRun(loss, choice)
     grad = jax.value_and_grad(run, argnums=(0, 1), has_aux=True)

@@ -2,12 +2,13 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, Concatenate, ParamSpec, TypeVar, cast
+from typing import Concatenate, ParamSpec, TypeVar, cast
 
 from monolith_optax._rows.gradients.choose_tables import choose
 from monolith_optax._rows.gradients.run_loss import LossRun
 from monolith_optax._rows.gradients.trace_loss import Loss, trace_loss
 from monolith_optax._rows.slices.no_derivatives import no_derivatives
+from monolith_optax._rows.types import PyTree
 
 Params = TypeVar("Params")
 Others = ParamSpec("Others")
@@ -15,7 +16,7 @@ Result = TypeVar("Result")
 
 
 def with_row_lookups(
-    fun: Callable[Concatenate[Params, Others], Result], tables: Any
+    fun: Callable[Concatenate[Params, Others], Result], tables: PyTree
 ) -> Callable[Concatenate[Params, Others], Result]:
     """The function, with lookups in spread tables as `value_and_row_grad` does them.
 
@@ -73,7 +74,7 @@ def with_row_lookups(
     return cast(Callable[Concatenate[Params, Others], Result], looked_up)
 
 
-def _as_aux(fun: Callable[..., Any]) -> Callable[..., Any]:
+def _as_aux(fun: Callable[..., PyTree]) -> Callable[..., PyTree]:
     return lambda *args, **kwargs: (0.0, fun(*args, **kwargs))
 
 

@@ -14,6 +14,7 @@ from monolith_optax._public import public
 from monolith_optax._rows.slices.exchange import Axes
 from monolith_optax._rows.slices.row_slices import RowSlices, is_slices
 from monolith_optax._rows.slices.spread import Spread
+from monolith_optax._rows.types import PyTree
 
 
 @public("monolith_optax")
@@ -33,7 +34,7 @@ class ExchangeMetrics(NamedTuple):
     largest_share: jax.Array
 
 
-def exchange_metrics(gradients: Any) -> dict[str, ExchangeMetrics]:
+def exchange_metrics(gradients: PyTree) -> dict[str, ExchangeMetrics]:
     """How a batch was shared among the devices that own the rows of spread tables.
 
     Call it inside the jitted step, on the gradients of `value_and_row_grad`, and return

@@ -13,6 +13,7 @@ from monolith_optax._public import public
 from monolith_optax._rows.slices.exchange_cost import exchange_of, in_bytes
 from monolith_optax._rows.steps.slot_shardings import slot_shardings
 from monolith_optax._rows.steps.state_leaves import owners
+from monolith_optax._rows.types import PyTree
 
 # How many rows a step holds at its peak for each place of its buffers, besides those of
 # the slots, in programs that were compiled for CPUs and H100. TPUs need less.
@@ -47,8 +48,8 @@ class TablePlan(NamedTuple):
       leaves: what each leaf costs, by its path.
     """
 
-    tables: Any
-    where: Any
+    tables: PyTree
+    where: PyTree
     leaves: dict[str, LeafPlan]
 
     def __str__(self) -> str:
@@ -69,7 +70,7 @@ class TablePlan(NamedTuple):
 
 
 def plan_tables(
-    tx: optax.GradientTransformation, params: Any, ids: Any, spread: NamedSharding
+    tx: optax.GradientTransformation, params: PyTree, ids: PyTree, spread: NamedSharding
 ) -> TablePlan:
     """Which tables to spread over the devices of a mesh, and what each device pays.
 
@@ -122,7 +123,7 @@ def plan_tables(
     number = math.prod(mesh.shape[axis] for axis in axes)
     structure: Any
     paths, structure = jax.tree.flatten_with_path(params)
-    counts: list[Any] = structure.flatten_up_to(ids)
+    counts: list[PyTree] = structure.flatten_up_to(ids)
     slots = _Slots(tx, params)
     is_spread, costs = [], []
     for index, ((path, leaf), count) in enumerate(zip(paths, counts, strict=True)):
@@ -157,7 +158,7 @@ def _axes(spread: NamedSharding) -> tuple[str, ...]:
     return first if isinstance(first, tuple) else (first,)
 
 
-def _check_rows(name: str, leaf: Any, number: int) -> None:
+def _check_rows(name: str, leaf: PyTree, number: int) -> None:
     if leaf.shape[0] % number:
         raise ValueError(
             f"{name} has {leaf.shape[0]} rows, which cannot be divided among {number} "
@@ -168,7 +169,7 @@ def _check_rows(name: str, leaf: Any, number: int) -> None:
 class _Slots:
     """The slots of an optimizer, and whose they are."""
 
-    def __init__(self, tx: optax.GradientTransformation, params: Any) -> None:
+    def __init__(self, tx: optax.GradientTransformation, params: PyTree) -> None:
         self._tx, self._params = tx, params
         state = jax.eval_shape(tx.init, params)
         self._leaves, self._owners = jax.tree.leaves(state), owners(tx, params, state)
@@ -178,7 +179,7 @@ class _Slots:
         pairs = zip(self._leaves, self._owners, strict=True)
         return sum(_nbytes(slot) for slot, owner in pairs if owner == index)
 
-    def held(self, where: Any) -> list[int]:
+    def held(self, where: PyTree) -> list[int]:
         """The bytes of a device's part of each leaf of params and of its slots."""
         leaves = jax.tree.leaves(self._params)
         found = [*map(_part, leaves, jax.tree.leaves(where))]
@@ -189,10 +190,10 @@ class _Slots:
         return found
 
 
-def _part(leaf: Any, sharding: NamedSharding) -> int:
+def _part(leaf: PyTree, sharding: NamedSharding) -> int:
     shape = sharding.shard_shape(leaf.shape)
     return _nbytes(jax.ShapeDtypeStruct(shape, leaf.dtype))
 
 
-def _nbytes(leaf: Any) -> int:
+def _nbytes(leaf: PyTree) -> int:
     return int(math.prod(leaf.shape)) * int(jnp.dtype(leaf.dtype).itemsize)
