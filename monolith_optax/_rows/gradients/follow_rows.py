@@ -223,13 +223,9 @@ def _turned(equation: Equation, values: Sequence[Any]) -> Steps | None:
 def _rule_keeps_rows(equation: Equation, values: Sequence[Any]) -> bool:
     program = jaxprs.called_program(equation)
     assert program is not None
-    shapes = [
-        type_of(atom).shape
-        for atom, value in zip(equation.invars, values, strict=True)
-        if is_table(value)
-    ]
-    if any(shape[:1] in ((), (1,)) for shape in shapes):
-        return False  # a single row and what is the same for all rows look alike
+    tables = [i for i, value in enumerate(values) if is_table(value)]
+    if any(type_of(equation.invars[i]).shape == () for i in tables):
+        return False
     results = _results(program, values)
     return (
         results is not None

@@ -3,24 +3,32 @@
 A `custom_vjp` rule may do anything with the cotangent that it is given. JAX gives it
 the cotangent of a whole image: zero in rows that are not looked up, and a sum in those
 that are looked up twice. Given those of single lookups instead, it gives the same only
-if it is linear: zero for zero, and for a sum the sum. That is proved from its program.
+if it is linear: zero for zero, and for a sum the sum. And what it gives for a row may
+follow only from that row: a sum over rows, as the cotangent of a scale is, must not go
+back to rows. Both are proved from its program.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from monolith_optax._rows.gradients.row_images import is_table
+from monolith_optax._rows.gradients.row_images import is_table, which_tables
 from monolith_optax._rows.gradients.rule_lookups import Rule
-from monolith_optax._rows.programs import jaxprs
+from monolith_optax._rows.programs import jaxprs, row_rules
 from monolith_optax._rows.programs.custom_rules import (
     differentiable,
     run_with_derivatives,
 )
-from monolith_optax._rows.programs.jaxprs import Equation, is_variable, type_of
+from monolith_optax._rows.programs.jaxprs import (
+    Equation,
+    Program,
+    is_variable,
+    type_of,
+)
+from monolith_optax._rows.programs.primitives import HINTS
 from monolith_optax._rows.programs.row_values import MixesRowsError, Rows, Whole
 from monolith_optax._rows.programs.run_on_rows import Runner
 from monolith_optax._rows.slices.row_access import Table
@@ -34,8 +42,10 @@ def check_rule(equation: Equation, values: Sequence[Any]) -> bool:
     is_jvp = equation.primitive.name == "custom_jvp_call"  # linear as JAX asks for it
     if not is_jvp and equation.params.get("symbolic_zeros"):
         return False
-    if not is_jvp and not _is_linear(Rule(equation)):
-        return False
+    if not is_jvp:
+        rule = Rule(equation)
+        if not (_is_linear(rule) and _keeps_rows(rule, which_tables(values))):
+            return False
     try:
         with jaxprs.standing_at(equation):
             jax.eval_shape(lambda: _on_two_rows(equation, values))
@@ -74,6 +84,37 @@ def _on_two_rows(equation: Equation, values: Sequence[Any]) -> Any:
 
     results, pull = jax.vjp(function, *(given[i] for i in inputs))
     return pull(results)
+
+
+def _keeps_rows(rule: Rule, tables: Collection[int]) -> bool:
+    """Whether the cotangent of a table in each row follows from that row."""
+    wanted = [atom for i, atom in rule.gradients.items() if i in tables]
+    by_row = {*rule.cotangents, *(rule.operands[i] for i in tables)}
+    return _keeps(rule.program, wanted, by_row)
+
+
+def _keeps(program: Program, wanted: Iterable[Any], by_row: set[Any]) -> bool:
+    """Whether some variables of a program have rows that follow from those of others.
+
+    Those that have rows are added to `by_row`.
+    """
+    needed = jaxprs.needed(program, list(filter(is_variable, wanted)), ())
+    for equation in program.jaxpr.eqns:
+        rows = [is_variable(atom) and atom in by_row for atom in equation.invars]
+        if not any(rows):
+            continue
+        called = jaxprs.called_program(equation)
+        if called is not None:
+            inner = zip(called.jaxpr.invars, rows, strict=True)
+            kept = _keeps(called, called.jaxpr.outvars, {v for v, row in inner if row})
+        else:
+            is_hint = equation.primitive.name in HINTS
+            kept = is_hint or row_rules.plan(equation, rows) is not None
+        if kept:
+            by_row.update(equation.outvars)
+        elif not needed.isdisjoint(equation.outvars):
+            return False
+    return True
 
 
 def _is_linear(rule: Rule) -> bool:

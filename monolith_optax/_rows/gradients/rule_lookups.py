@@ -43,6 +43,7 @@ class Rule:
     Attributes:
       program: from operands and cotangents of results to results and cotangents of
         operands.
+      operands: the variables of the operands.
       cotangents: the variables of the cotangents that it gets.
       gradients: for each operand that has a derivative, the cotangent that it gets.
     """
@@ -52,7 +53,7 @@ class Rule:
         self.program = jaxprs.inlined(_both(equation))
         jaxpr = self.program.jaxpr
         count = len(equation.invars)
-        self._operands, self.cotangents = jaxpr.invars[:count], jaxpr.invars[count:]
+        self.operands, self.cotangents = jaxpr.invars[:count], jaxpr.invars[count:]
         self._outputs = differentiable(equation.outvars)
         count = len(equation.outvars)
         self._results = jaxpr.outvars[:count]
@@ -80,13 +81,13 @@ class Rule:
         needed = jaxprs.needed(self.program, [variable], ())
         constants = zip(self.program.jaxpr.constvars, self.program.consts, strict=True)
         return (
-            [i for i, operand in enumerate(self._operands) if operand in needed],
+            [i for i, operand in enumerate(self.operands) if operand in needed],
             [value for constant, value in constants if constant in needed],
         )
 
     def indices(self, operands: Sequence[Any], scatters: Sequence[Scatter]) -> Any:
         """Where the rows are, for each of some scatters."""
-        given = dict(zip(self._operands, operands, strict=True))
+        given = dict(zip(self.operands, operands, strict=True))
         wanted = [scatter.indices for scatter in scatters]
         return jaxprs.evaluate(self.program, given, wanted)
 
@@ -112,7 +113,7 @@ class Rule:
         kept = self._kept(wanted)
 
         def forward(operands: Any, rows: Any) -> Any:
-            given = dict(zip(self._operands, operands, strict=True))
+            given = dict(zip(self.operands, operands, strict=True))
             all_wanted = [*self._results, *kept]
             values = jaxprs.evaluate(self.program, given, all_wanted)
             count = len(self._results)
@@ -124,7 +125,7 @@ class Rule:
             some = [cotangents[i] for i in self._outputs]
             given.update(zip(self.cotangents, some, strict=True))
             found = iter(jaxprs.evaluate(self.program, given, wanted))
-            of_operands: list[Any] = [None] * len(self._operands)
+            of_operands: list[Any] = [None] * len(self.operands)
             for i in others:
                 of_operands[i] = next(found)
             updates = [next(found) for _ in scatters]
