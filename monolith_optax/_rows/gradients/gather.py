@@ -34,6 +34,8 @@ import numpy as np
 from jax import lax
 from jax.lax import GatherDimensionNumbers, GatherScatterMode
 
+from monolith_optax._rows.programs import jaxprs
+
 
 @dataclass(frozen=True)
 class Lookup:
@@ -114,7 +116,7 @@ class Lookup:
         if start is None:
             return window
         if axis in self.numbers.start_index_map:
-            start = self._clipped(axis, start)
+            start = self._clipped(axis, self._seen(axis, start))
         start = jnp.asarray(start, self.ids_dtype)
         if self.windows == (1,):
             return start
@@ -124,6 +126,30 @@ class Lookup:
         last = self.shape[axis] - self.sizes[axis]
         none, last = (start.dtype.type(bound) for bound in (0, last))
         return lax.clamp(none, start, last)
+
+    def _seen(self, axis: int, start: jax.Array) -> jax.Array:
+        """Where windows start, unchanged, as `checkify.index_checks` should see it.
+
+        Rows are fetched by ids that are all inside. So that it finds those that are
+        not, they are looked up as they are in an array without columns. The sum over
+        no columns is 0, which compilers know.
+        """
+        size, last = self.sizes[axis], start.ndim
+        numbers = GatherDimensionNumbers(
+            offset_dims=(last, last + 1),
+            collapsed_slice_dims=(),
+            start_index_map=(0,),
+        )
+        empty = jnp.zeros((self.shape[axis], 0), start.dtype)
+        empty, start = jaxprs.alike([empty, start])
+        windows = lax.gather(
+            empty,
+            start[..., None],
+            numbers,
+            slice_sizes=(size, 0),
+            mode=GatherScatterMode.PROMISE_IN_BOUNDS,
+        )
+        return start + windows.sum((last, last + 1), dtype=start.dtype)
 
     def result(self, rows: jax.Array, indices: jax.Array, valid: Any) -> jax.Array:
         """What the equation gives, from the rows with the ids."""

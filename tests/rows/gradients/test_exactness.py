@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from choosing import sampled
+from jax.experimental import checkify
 from law import check, normal, rows_of
 
 from monolith_optax import value_and_row_grad
@@ -162,3 +164,28 @@ def test_axes_of_square_tables_are_told_apart(name):
     check(loss, params, ids, rows=rows_of(gradients))
     by_row = {"reversed columns", "rows", "columns"}
     assert (rows_of(gradients) == {"t"}) == (name in by_row)
+
+
+LOOKUPS = {
+    "rows": lambda t, i: t[i],
+    "image": lambda t, i: (t * 2)[i],
+    "part": lambda t, i: t[1:][i],
+    "numbers": lambda t, i: t[:, 0][i],
+    "scan": lambda t, i: jax.lax.scan(lambda c, j: (c, t[j]), 0, i)[1],
+    "stack": lambda t, i: jax.vmap(lambda t: t[i])(t[:6].reshape(2, 3, D)),
+}
+
+
+@pytest.mark.parametrize("name", sampled(LOOKUPS, "part"))
+def test_checkify_finds_the_ids_that_it_finds_in_jax(params, name):
+    def loss(params, ids):
+        return head(LOOKUPS[name](params["t"], ids)) + params["w"].sum()
+
+    def found(grad, ids):
+        checked = checkify.checkify(grad(loss), errors=checkify.index_checks)
+        with jax.numpy_dtype_promotion("standard"):  # checkify mixes dtypes
+            return checked(params, jnp.array(ids))[0].get() is not None
+
+    for ids in [2, -1, 2], [1, 9, 2]:
+        assert found(jax.value_and_grad, ids) == (9 in ids)
+        assert found(value_and_row_grad, ids) == (9 in ids)
