@@ -40,10 +40,12 @@ def choose(loss: Loss, max_dense_rows: int | None) -> Choice:
         shape = loss.types[leaf].shape
         too_many = max_dense_rows is not None and shape and shape[0] > max_dense_rows
         if too_many and why != _UNASKED:
+            unused = "Say True for it in tables, and its gradient has no rows"
+            way_out = unused if _UNUSED in why else "Only look it up in the model"
             raise ValueError(
                 f"The gradient of {loss.names[leaf]}, which has {shape[0]} rows, is "
-                f"dense, {why}, and max_dense_rows is {max_dense_rows}. Only look it "
-                "up in the model, or say False for it in tables."
+                f"dense, {why}, and max_dense_rows is {max_dense_rows}. {way_out}, or "
+                "say False for it in tables."
             )
     return choice
 
@@ -90,6 +92,7 @@ _FOLLOWS = {
     False: "its rows cannot be looked up by an exchange between devices. Say False for "
     "it in tables to leave this to JAX",
 }
+_UNUSED = "is never looked up"
 
 
 def _not_tables(
@@ -103,7 +106,7 @@ def _not_tables(
             continue
         if leaf not in finder.row_axes:
             if _axes_without_ids(types[leaf].shape, finder) is None:
-                reasons[leaf] = "is never looked up"
+                reasons[leaf] = _UNUSED
         elif leaf not in finder.by_data:
             reasons[leaf] = f"is looked up by constants in {finder.constants[leaf]}"
         elif 2 * whole > math.prod(types[leaf].shape[: finder.row_axes[leaf]]):

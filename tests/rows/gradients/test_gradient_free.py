@@ -164,6 +164,17 @@ def test_a_gradient_through_one_of_two_uses_is_dense(params):
     value_and_row_grad(penalised, named, max_dense_rows=1000)(params, IDS)
 
 
+def test_a_large_table_that_the_loss_does_not_use(params):
+    def other(params, ids):
+        return params["w"].sum() * len(ids)
+
+    with pytest.raises(
+        ValueError, match=r"never looked up.* Say True for it in tables"
+    ):
+        value_and_row_grad(other, max_dense_rows=1000)(params, IDS)
+    check(other, params, IDS, rows={"t"}, tables={"t": True, "w": None})
+
+
 @pytest.mark.parametrize("argnums", [1, -1, (1,), (0, 1), [1, 0]])
 def test_argnums(params, argnums):
     def loss(scale, params, *, ids):
