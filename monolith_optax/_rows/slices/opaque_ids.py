@@ -21,7 +21,10 @@ def _refuse(*_: object) -> NoReturn:
 
 
 # What JAX prints where something computes with ids.
-_TAG = "row ids of RowSlices: put what computes with gradients inside lazy_rows"
+_TAG = (
+    "row ids of RowSlices: put what computes with gradients inside lazy_rows, or use "
+    "global_norm, accumulate or psum of monolith_optax"
+)
 
 _IMPL = define_prng_impl(
     key_shape=(1,),

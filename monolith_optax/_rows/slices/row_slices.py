@@ -56,7 +56,8 @@ class RowSlices(metaclass=_Named):
     - `jnp.clip(g, ...)`, `jnp.sign(g)`: `optax.clip`, `optax.scale_by_sign` inside
       `lazy_rows`, where duplicates are summed; or `slices.with_rows(...)`.
     - `jax.lax.psum`, `jax.lax.pmean`: `monolith_optax.psum`, `monolith_optax.pmean`.
-    - `optax.global_norm`, `optax.tree.norm`: `monolith_optax.global_norm`.
+    - `optax.global_norm`, `optax.tree.norm`: `monolith_optax.global_norm`. Outside jit,
+      JAX says 'Cannot call abstract method real' of these.
     - `eqx.apply_updates`: `monolith_optax.apply_updates`.
 
     Orbax, `jax.export` and `flax.serialization` do not take slices. No state holds

@@ -3,6 +3,7 @@
 import re
 import warnings
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,6 +34,8 @@ INSIDE = "inside lazy_rows"
         lambda: optax.adam(0.1),
         lambda: optax.adagrad(0.1),
         lambda: optax.chain(optax.clip(1.0), lazy_rows(optax.sgd(0.1))),
+        lambda: optax.chain(optax.clip_by_block_rms(1.0), lazy_rows(optax.sgd(0.1))),
+        lambda: optax.chain(optax.clip_by_global_norm(1.0), lazy_rows(optax.sgd(0.1))),
         lambda: optax.chain(lazy_rows(optax.sgd(0.1)), optax.scale(2.0)),
         lambda: optax.masked(
             lazy_rows(optax.sgd(0.1)), lambda t: jax.tree.map(lambda x: x.ndim > 1, t)
@@ -40,8 +43,39 @@ INSIDE = "inside lazy_rows"
     ],
 )
 def test_what_does_not_take_slices_names_lazy_rows(make):
+    tx = make()
     with pytest.raises((TypeError, ValueError), match=INSIDE):
-        step(make())
+        jax.eval_shape(tx.update, GRADIENTS, tx.init(PARAMS), PARAMS)
+
+
+@pytest.mark.filterwarnings("ignore:optax.global_norm is:DeprecationWarning")
+@pytest.mark.parametrize("norm", [optax.global_norm, optax.tree.norm])
+def test_norms_of_slices_name_ours(norm):
+    with pytest.raises(TypeError, match=r"global_norm, .* of monolith_optax"):
+        jax.eval_shape(norm, GRADIENTS)
+
+
+def test_sums_of_micro_batches_name_accumulate():
+    def gradients(ids):
+        return RowSlices(ids, jnp.ones((2, 2)))
+
+    with pytest.raises(TypeError, match=r"accumulate .* of monolith_optax"):
+        optax.microbatch(gradients, 0, 2)(jnp.arange(8))
+
+
+@pytest.mark.parametrize("row", [1.0, jnp.nan])
+def test_apply_if_finite_may_be_outside(row):
+    slices = GRADIENTS["table"].with_rows([[1.0, 2.0], [3.0, row]])
+    gradients = GRADIENTS | {"table": slices}
+    found = []
+    for tx in (
+        optax.apply_if_finite(lazy_rows(optax.adagrad(0.1)), 2),
+        lazy_rows(optax.apply_if_finite(optax.adagrad(0.1), 2)),
+    ):
+        updates, state = jax.jit(tx.update)(gradients, tx.init(PARAMS), PARAMS)
+        found.append((optax.apply_updates(PARAMS, updates), state))
+    chex.assert_trees_all_close(*found, rtol=1e-6)
+    assert (found[0][0]["table"][2, 1] == 1) == np.isnan(row)
 
 
 def test_multi_steps_outside():
