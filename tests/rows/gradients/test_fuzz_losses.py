@@ -328,11 +328,10 @@ def jax_fails(loss, params, ids):
     return False
 
 
-def compare(loss, params, ids, what):
-    compiled = jax.jit if jax.typeof(params["t"]).sharding.mesh.axis_names else op_by_op
+def compare(loss, params, ids, what, runs):
     try:
-        expected = compiled(jax.value_and_grad(loss))(params, ids)
-        value, gradients = compiled(value_and_row_grad(loss))(params, ids)
+        expected = runs(jax.value_and_grad(loss))(params, ids)
+        value, gradients = runs(value_and_row_grad(loss))(params, ids)
     except Exception:
         if jax_fails(loss, params, ids):
             return set()
@@ -357,7 +356,7 @@ def run(number, with_mesh):
     what = f"LOSS_FUZZ_SEED={SEED}, case {number}, on a mesh: {with_mesh}, {names}"
     try:
         if not with_mesh:
-            return compare(loss, params, ids, what)
+            return compare(loss, params, ids, what, op_by_op)
         return on_mesh(rng, loss, params, what)
     except AssertionError:
         raise
@@ -385,7 +384,7 @@ def on_mesh(rng, loss, params, what):
     with jax.set_mesh(mesh):
         params = jax.device_put(params, NamedSharding(mesh, P()))
         ids = jax.device_put(ids, NamedSharding(mesh, P("x")))
-        return compare(total, params, ids, what)
+        return compare(total, params, ids, what, jax.jit)
 
 
 @pytest.fixture(autouse=True)

@@ -124,7 +124,8 @@ def random_optimizer(rng, num_rows):
     Its slots are made from the shape of the table, or from a number that is the same.
     """
     rules = {name: random_rule(rng) for name in ("update", *SLOTS)}
-    made_from_shape = bool(rng.random() < 0.7)
+    # A single entry of a fixed length is not known to be that of a single row.
+    made_from_shape = bool(rng.random() < 0.7) or num_rows == 1
     order = [*SLOTS]
     rng.shuffle(order)
     kept = [name for name in order if rng.random() < 0.6]
