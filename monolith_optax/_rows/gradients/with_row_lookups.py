@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable
 from typing import Concatenate, ParamSpec, TypeVar, cast
 
+from monolith_optax._rows.gradients.asked_tables import read
 from monolith_optax._rows.gradients.choose_tables import choose
 from monolith_optax._rows.gradients.run_loss import LossRun
 from monolith_optax._rows.gradients.trace_loss import Loss, trace_loss
@@ -62,9 +63,9 @@ def with_row_lookups(
     def looked_up(
         params: Params, *args: Others.args, **kwargs: Others.kwargs
     ) -> Result:
-        loss = trace_loss(_as_aux(fun), 0, True, tables, (params, *args), kwargs)
-        if not loss.asked.spread:
+        if not read(tables, params).spread:
             return fun(params, *args, **kwargs)
+        loss = trace_loss(_as_aux(fun), 0, True, tables, (params, *args), kwargs)
         loss = _without_gradients(loss)
         run = LossRun(loss, choose(loss, None))
         _, (results, _) = run(run.dense, run.rows)
