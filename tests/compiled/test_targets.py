@@ -50,11 +50,11 @@ def test_every_target_is_compiled_for(steps):
 
 
 def test_no_step_on_a_gpu_copies_a_table_or_has_a_loop(steps):
-    # The loops of spread tables make no turn unless a batch does not fit.
     on_gpus = {
         name: step
         for name, step in steps.items()
-        if "h100" in name[0] and "spread" not in name[2] and name[1] != "cluster"
+        # Those of "cluster" that are not spread are there to compare.
+        if "h100" in name[0] and (name[1] != "cluster" or "spread" in name[2])
     }
     assert len(on_gpus) > 20
     for name, step in on_gpus.items():
