@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from monolith_optax import Bags, RowSlices, bag_lookup, value_and_row_grad
 
@@ -143,6 +144,27 @@ def test_gradients_are_jaxs_and_of_rows(combiner):
             of_weights = jax.grad(loss, 1)(params, weights)
             joined = np.concatenate(of_lists)
             np.testing.assert_allclose(of_weights[:10], joined, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("combiner", ["mean", "max"])
+def test_bags_of_a_table_that_is_spread_over_devices(combiner):
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
+    table = jnp.asarray(np.tile(a_table(dtype=np.float32), (8, 1)))
+    bags = Bags.from_lists([[71, 1, 3], [], [8, 71]] * 8)
+
+    def loss(table):
+        return jnp.sin(bag_lookup(table, *bags, combiner=combiner)).sum()
+
+    expected = jax.value_and_grad(loss)(table)
+    spread = jax.device_put(table, NamedSharding(mesh, PartitionSpec("x")))
+    grad = jax.jit(value_and_row_grad(loss, PartitionSpec("x")))
+    value, gradient = grad(spread)
+    assert isinstance(gradient, RowSlices)
+    np.testing.assert_allclose(value, expected[0], rtol=1e-5)
+    np.testing.assert_allclose(
+        gradient.to_dense(len(table)), expected[1], rtol=1e-5, atol=1e-6
+    )
 
 
 def test_a_maximum_that_several_have_has_the_gradient_of_the_first():

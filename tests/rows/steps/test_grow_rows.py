@@ -15,6 +15,7 @@ from monolith_optax import (
     grow_rows,
     lazy_rows,
     restack,
+    value_and_row_grad,
 )
 
 SAMPLES = "adamom", "rowwise_adagrad"
@@ -128,6 +129,33 @@ def test_a_sharded_table_keeps_its_sharding(axis_type):
     for array in new, state.m:
         assert array.shape == (24, 2)
         assert array.sharding.is_equivalent_to(place, 2)
+
+
+@pytest.mark.slow
+def test_a_spread_table_grows_between_steps():
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
+    place = NamedSharding(mesh, PartitionSpec("x"))
+    tx = lazy_rows(embedding.adagrad(0.1))
+
+    def trained(table, tables):
+        @jax.jit
+        def step(table, state, ids):
+            def loss(table):
+                return jnp.sin(table[ids]).sum()
+
+            _, gradient = value_and_row_grad(loss, tables)(table)
+            updates, state = tx.update(gradient, state, table)
+            return optax.apply_updates(table, updates), state
+
+        table, state = step(table, tx.init(table), jnp.arange(8) * 3 % 16)
+        table, state = grow_rows(tx, table, state, 24, 0.5)
+        return step(table, state, jnp.arange(8) * 5 % 24)
+
+    start = jnp.linspace(0, 1, 32).reshape(16, 2)
+    expected = jax.tree.leaves(trained(start, True))
+    actual = jax.tree.leaves(trained(jax.device_put(start, place), PartitionSpec("x")))
+    for a, b in zip(actual, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6)
 
 
 def test_bad_rows():
