@@ -16,6 +16,8 @@ NAMES = (
     "rows",
     "breakdown",
     "scaling",
+    "dlrm",
+    "small_tables",
     "first_call",
     "dense",
     "many_leaves",

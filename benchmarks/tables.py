@@ -1,7 +1,8 @@
 """Writes the figures of published runs into the pages on speed.
 
 `python -m benchmarks.tables` fills what stands between `<!-- benchmarks: NAME -->` and
-`<!-- end -->`; with `--check` it changes nothing and fails if a page is out of date.
+`<!-- end -->`, or after `<!-- benchmarks: NAME of FILE -->` with another run's figures;
+with `--check` it changes nothing and fails if a page is out of date.
 """
 
 import argparse
@@ -17,7 +18,9 @@ from benchmarks.results import cases, markdown, ratios, text
 DOCS = ROOT / "docs"
 RESULTS = DOCS / "benchmarks.json"
 PAGES = {DOCS / "speed.md": RESULTS, DOCS / "gpu.md": DOCS / "benchmarks_gpu.json"}
-MARKED = re.compile(r"(<!-- benchmarks: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+MARKED = re.compile(
+    r"(<!-- benchmarks: (\w+)(?: of (\S+))? -->\n).*?(<!-- end -->)", re.DOTALL
+)
 
 
 def main() -> None:
@@ -40,8 +43,9 @@ def filled(page: str, results: Any) -> str:
     """A page with all of its tables made anew."""
 
     def fill(match: re.Match[str]) -> str:
-        start, name, end = match.groups()
-        return f"{start}\n{TABLES[name](results)}\n\n{end}"
+        start, name, file, end = match.groups()
+        of_run = json.loads((DOCS / file).read_text()) if file else results
+        return f"{start}\n{TABLES[name](of_run)}\n\n{end}"
 
     return MARKED.sub(fill, page)
 
@@ -120,6 +124,24 @@ def first_call(results: Any) -> str:
     return pivot(((case["case"], case) for case in some), scale=1e-3)
 
 
+def dlrm(results: Any) -> str:
+    """Whole training steps, and their parts."""
+    return pivot((case["case"], case) for case in cases(results, "dlrm"))
+
+
+def small_tables(results: Any) -> str:
+    """The time of a step on rows divided by that of a dense step."""
+    cells: dict[str, dict[str, str]] = {}
+    for case in cases(results, "small_tables"):
+        title, _, _ = case["case"].rpartition(", ")
+        ids, rows = (case["sizes"][name] for name in ("ids", "rows"))
+        by_rows, dense = (side["median ms"] for side in case["sides"].values())
+        cells.setdefault(title, {})[f"{rows / ids:g}"] = f"{by_rows / dense:.2f}"
+    shares = dict.fromkeys(share for line in cells.values() for share in line)
+    lines = [[title, *line.values()] for title, line in cells.items()]
+    return markdown(["rows for each id", *shares], lines)
+
+
 def net(results: Any) -> str:
     """The node checker and ten threads."""
     some = [case for case in cases(results, "net") if len(case["sides"]) > 1]
@@ -154,6 +176,8 @@ TABLES: dict[str, Callable[[Any], str]] = {
         bandwidth,
         breakdown,
         first_call,
+        dlrm,
+        small_tables,
         net,
     )
 }
