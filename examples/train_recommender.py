@@ -5,8 +5,9 @@
 predicts the ratings of MovieLens (100,004 ratings of 671 users for 9,066 movies) from
 a vector and a bias of each user and each movie. A mini-batch has a few users and
 movies, and a step touches only their rows, in the tables and in the optimizer's slots.
-The model is an ordinary `nnx.Module` that knows nothing of this. It trains both ways,
-with rows and densely. At the end come the errors on the last ratings of each user,
+The model is an ordinary `nnx.Module` that knows nothing of this. A `TableStack` puts
+its vectors into one array and its biases into another. It trains both ways, with rows
+and densely. At the end come the errors on the last ratings of each user,
 films for people who liked some well-known ones, and a picture. Learning rates and
 penalties were chosen on ratings before those, which are not trained on either.
 The errors of the ways differ a little where a dense optimizer also moves the rows that
@@ -65,7 +66,8 @@ FILMS = (
 MIN_RATINGS_OF_NEIGHBOURS = 50  # vectors of rarer movies say little
 POINTS = 40  # of each curve
 
-Params = Any  # the nnx.State of all tables
+Tables = Any  # the nnx.State of all tables
+Params = dict[str, Any]  # the stacks of them
 Step = Callable[..., tuple[Params, optax.OptState, jax.Array]]
 Curve = list[tuple[int, float]]
 
@@ -94,7 +96,7 @@ class Data(NamedTuple):
 class Result(NamedTuple):
     """Trained tables, validation errors by step, test error, ratings per second."""
 
-    params: Params
+    tables: Tables
     curve: Curve
     error: float
     speed: float
@@ -180,13 +182,9 @@ def compiler_options() -> dict[str, str | bool] | None:
 
 
 def make_step(
-    graphdef: nnx.GraphDef[Recommender], tx: optax.GradientTransformation, way: str
+    loss: Callable[..., jax.Array], tx: optax.GradientTransformation, way: str
 ) -> Step:
     """A jitted training step that returns params, state and the loss."""
-
-    def loss(params: Params, batch: Ratings) -> jax.Array:
-        return loss_fn(nnx.merge(graphdef, params), batch)
-
     if way == "dense":
         value_and_grad = jax.value_and_grad(loss)
     else:
@@ -215,13 +213,19 @@ def train(way: str, data: Data, args: argparse.Namespace) -> Result:
         tx = monolith_optax.stochastic_rounding(tx, args.seed)
     tx = monolith_optax.lazy_rows(tx) if way == "row-sparse" else tx
     model = Recommender(data, args.dim, args.seed, args.table_dtype)
-    graphdef, params = nnx.split(model, nnx.Param)
-    step, state = make_step(graphdef, tx, way), tx.init(params)
+    graphdef, tables = nnx.split(model, nnx.Param)
+    stack = monolith_optax.TableStack(tables)
+    params = stack.pack(tables)
+
+    def loss_of(params: Params, batch: Ratings) -> jax.Array:
+        return loss_fn(nnx.merge(graphdef, stack.unpack(params)), batch)
 
     @jax.jit
     def error(params: Params, ratings: Ratings) -> Any:
-        stars, _ = nnx.merge(graphdef, params)(ratings)
+        stars, _ = nnx.merge(graphdef, stack.unpack(params))(ratings)
         return rmse(stars, ratings)
+
+    step, state = make_step(loss_of, tx, way), tx.init(params)
 
     stream = batches(data.train, args.batch_size, args.seed)
     curve, speeds = [(0, float(error(params, data.validation)))], []
@@ -239,7 +243,7 @@ def train(way: str, data: Data, args: argparse.Namespace) -> Result:
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
             bar.update(done)
     test_error = float(error(params, data.test))
-    return Result(params, curve, test_error, float(np.median(speeds)))
+    return Result(stack.unpack(params), curve, test_error, float(np.median(speeds)))
 
 
 def neighbours(vectors: np.ndarray, data: Data, count: int = 5) -> dict[int, list[int]]:
@@ -427,7 +431,7 @@ def main() -> None:
     way, other = reversed(WAYS) if args.dense else WAYS
     results = {name: train(name, data, args) for name in (way, other)}
 
-    tables = jax.tree.leaves(results[way].params)
+    tables = jax.tree.leaves(results[way].tables)
     megabytes = sum(table.nbytes for table in tables) / 1e6
     print(f"\nThe tables have {megabytes:.2f} MB in {args.table_dtype}.")
     mean = data.train.stars.mean()
@@ -437,7 +441,7 @@ def main() -> None:
         speed = f"{result.speed:,.0f} ratings per second"
         print(f"{name:>11}: {result.error:.4f} at {speed}")
 
-    vectors = np.asarray(results[way].params["movie"]["embedding"][...], np.float32)
+    vectors = np.asarray(results[way].tables["movie"]["embedding"][...], np.float32)
     groups = neighbours(vectors, data)
     print("\nPeople who liked")
     for film, nearest in groups.items():

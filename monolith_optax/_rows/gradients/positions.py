@@ -34,26 +34,43 @@ class Added:
         leaves = [leaf for leaf, _ in found.tables]
         self._zeros = dict(zip(leaves, zeros, strict=True))
         self._ids: dict[int, Any] = {}
+        self._outside: Any = None
 
     def rows(self, table: Parameter, at: "Positions") -> jax.Array:
         """The rows of a table and what is added to them."""
         if table.is_spread:
             return self._looked_up(table, at)
         array, ids = jaxprs.alike([table.array, at.ids])
+        ids, self._ids[table.leaf] = self._signed(ids, at.outside)
         rows: jax.Array = fetched(array, ids, at.row_axes)
-        of_part = table.first_row * math.prod(array.shape[1 : at.row_axes])
-        ids, of_part = jaxprs.alike([ids, of_part])
-        self._ids[table.leaf] = chosen(
-            at.outside, -1, (ids + of_part).astype(ids.dtype)
-        )
+        if not isinstance(table.first_row, int):
+            of_part = table.first_row * math.prod(array.shape[1 : at.row_axes])
+            ids, of_part = jaxprs.alike([ids, of_part])
+            of_table = (ids + of_part).astype(ids.dtype)
+            self._ids[table.leaf] = chosen(at.outside, -1, of_table)
         rows = rows + _placed_as(rows, self._zeros[table.leaf])
         flat: jax.Array = rows.reshape(-1, *rows.shape[ids.ndim :])
         return flat
 
+    def _signed(self, ids: jax.Array, outside: Any) -> tuple[jax.Array, jax.Array]:
+        """The ids, and the ids with `~id` for those outside.
+
+        All that a lookup does follows from the second array, which also goes into the
+        slices. So XLA's CPU compiler makes it once, not inside each kernel that needs
+        it, and the kernels of all lookups in a table are the same and compiled once.
+        """
+        if outside is None:
+            return ids, ids
+        signed = chosen(outside, ~ids, ids)
+        beyond = signed < 0
+        if outside is self._outside and outside.shape == beyond.shape:
+            self._outside = beyond
+        return jnp.where(beyond, ~signed, signed), signed
+
     def _looked_up(self, table: Parameter, at: "Positions") -> jax.Array:
-        """Rows that are there already. The id of one without a gradient is `~id`."""
+        """Rows that are there already."""
         ids, rows = at.ids, self._zeros[table.leaf]
-        self._ids[table.leaf] = chosen(at.outside, ~ids, ids)
+        _, self._ids[table.leaf] = self._signed(ids, at.outside)
         sharding = jax.typeof(ids).sharding
         if not sharding.mesh.empty and jax.typeof(rows).sharding != sharding:
             where = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec))
@@ -62,7 +79,7 @@ class Added:
         return flat
 
     def ids(self) -> list[Any]:
-        """For each table the ids of the rows, or -1 for none."""
+        """For each table ids of the rows; `~id` or -1 for those without a gradient."""
         return [_in_this_mesh(self._ids[leaf]) for leaf, _ in self._found.tables]
 
     def lookup(self, indices: Any, image: Any, scope: Scope) -> tuple[jax.Array, Any]:
@@ -70,15 +87,15 @@ class Added:
         lookup = self._found.lookup
         assert lookup is not None
         ids, valid = lookup.ids(indices)
-        outside = None if valid is None else ~valid
+        self._outside = None if valid is None else ~valid
         ids = ids.astype(self._found.ids_dtype)
-        at = Positions(ids, outside, lookup.row_axes, scope, self)
+        at = Positions(ids, self._outside, lookup.row_axes, scope, self)
         rows = at.rows(image)
         rows = rows.reshape(*ids.shape, *rows.shape[1:])
         if lookup.mode == GatherScatterMode.PROMISE_IN_BOUNDS:
             # JAX drops gradients of ids outside, of all that these rows depend on.
-            rows = chosen(outside, lax.stop_gradient(rows), rows)
-        return rows, valid
+            rows = chosen(self._outside, lax.stop_gradient(rows), rows)
+        return rows, None if self._outside is None else ~self._outside
 
     def all(self, image: Any, shape: tuple[int, ...], scope: Scope) -> jax.Array:
         """An image that leaves out rows of its tables, with all of its own rows."""

@@ -247,4 +247,5 @@ def _total(parts: list[RowSlices], table: Any, row_axes: int) -> RowSlices:
     if not parts:
         empty = jnp.zeros((0, *table.shape[row_axes:]), table.dtype)
         return RowSlices(jnp.zeros(0, jnp.int32), empty)
-    return parts[0] if len(parts) == 1 else RowSlices.concatenate(parts)
+    total = parts[0] if len(parts) == 1 else RowSlices.concatenate(parts)
+    return RowSlices(jnp.maximum(total.ids, -1), total.rows)

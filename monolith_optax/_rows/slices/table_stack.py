@@ -263,10 +263,25 @@ class TableStack:
             jax.tree.map(lambda part, leaf: pairs.append((part, leaf)), parts, tree)
         except ValueError as error:
             raise ValueError(
-                f"{what} must be a tree like the one of this stack, "
-                f"{self._structure}, but it is {jax.tree.structure(tree)}."
+                f"{what} must be a tree like the one of this stack, but "
+                f"{self._difference(what, tree)}."
             ) from error
         return pairs
+
+    def _difference(self, what: str, tree: PyTree) -> str:
+        """Why a tree is not like the one of this stack."""
+        leaves = jax.tree.leaves_with_path(tree, is_leaf=lambda leaf: leaf is None)
+        given = dict.fromkeys(keystr(path) for path, _ in leaves)
+        ours = dict.fromkeys(part.name for part in self._parts)
+        missing, others = (
+            [what + name for name in some if name not in than]
+            for some, than in ((ours, given), (given, ours))
+        )
+        if missing:
+            return f"{', '.join(missing)} is missing"
+        if others:
+            return f"the stack has no {', '.join(others)}"
+        return f"it is {jax.tree.structure(tree)} and not {self._structure}"
 
     def _in_shards(self, part: _Part, table: jax.Array) -> jax.Array:
         """A table of shape (shards, rows in each of them, ...)."""

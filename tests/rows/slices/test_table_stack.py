@@ -256,8 +256,10 @@ def test_bad_input():
     with pytest.raises(ValueError, match="too large for int32"):
         TableStack({"a": jax.ShapeDtypeStruct((2**31, 2), jnp.float32)})
     stack = TableStack(tables(), 2)
-    with pytest.raises(ValueError, match="tables must be a tree like the one"):
+    with pytest.raises(ValueError, match=r"tables\['b'\]\['c'\], .*\['e'\] is missing"):
         stack.pack({"a": jnp.ones((7, 3))})
+    with pytest.raises(ValueError, match=r"the stack has no tables\['f'\]\."):
+        stack.pack(tables() | {"f": jnp.ones((7, 3))})
     with pytest.raises(ValueError, match=r"tables\['a'\] must have 7 rows"):
         stack.pack(tables() | {"a": jnp.ones((8, 3))})
     with pytest.raises(ValueError, match="rows of one dtype and shape"):
