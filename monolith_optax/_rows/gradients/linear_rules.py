@@ -162,8 +162,6 @@ def _first(kinds: list[int]) -> int:
 def _product(kinds: list[int]) -> int:
     if _OTHER in kinds or kinds == [_LINEAR, _LINEAR]:
         return _OTHER
-    if _ZERO in kinds:
-        return _ZERO
     return max(kinds)
 
 

@@ -43,6 +43,9 @@ NOT_LINEAR = {
     "over its maximum": lambda _, g: g / jnp.max(g),
     "over row norms": lambda _, g: g / (1 + jnp.linalg.norm(g, axis=1, keepdims=True)),
     "not zero at zero": lambda t, g: g + 0.1 * t,
+    "without the cotangent": lambda t, _: 0.1 * t,
+    "times its sign": lambda _, g: g * jnp.sign(g),
+    "with a print": lambda _, g: (jax.debug.print("once"), 2.0 * g)[1],
     "as integers": lambda _, g: g.astype(int).astype(float),
     "chosen by itself": lambda _, g: jnp.where(g > 0, g, 0.0),
     "sum over rows": lambda _, g: g + g.sum(0, keepdims=True),
@@ -55,6 +58,7 @@ LINEAR = {
     "chosen": lambda t, g: jnp.where(t > 0, g, 0.0),
     "mixed columns": lambda _, g: g @ jnp.cos(jnp.arange(9.0)).reshape(D, D),
     "sums of rows": lambda _, g: g - g.mean(1, keepdims=True) + g[:, :1] / 2,
+    "of a function with a rule": lambda t, g: g * jax.nn.relu(t),
     "zero": lambda _, g: jnp.zeros_like(g),
 }
 

@@ -31,6 +31,12 @@ SIGNS = {
     "either case": lambda g, p: (
         g + number(jnp.sum(jnp.signbit(jnp.where(p > 0, g, -g))))
     ),
+    "other case": lambda g, p: (
+        g + number(jnp.sum(jnp.signbit(jnp.where(p > 0, -g, g))))
+    ),
+    "a product or not": lambda g, p: (
+        g + number(jnp.sum(jnp.signbit(jnp.where(p > 0, g * p, g))))
+    ),
 }
 
 
@@ -45,6 +51,11 @@ KNOWN = {
     "scaled": lambda g, _: g + number(jnp.sum(jnp.signbit(-2 * g) & (g < 0))),
     "positive": lambda g, _: g + number(jnp.sum(jnp.signbit(2 * g))),
     "quotients": lambda g, p: g + jnp.sum(g / (p * p)),
+    "matrix": lambda g, _: (
+        g + jnp.sum(g @ jnp.cos(jnp.arange(float(g.shape[1]))[:, None]))
+    ),
+    "products": lambda g, p: g + jnp.sum(g * p * p),
+    "both": lambda g, p: g + number(jnp.sum((p > 0) & (g > 0))),
     "compared": lambda g, p: g + number(jnp.sum(g * p > 0)),
 }
 
@@ -58,6 +69,10 @@ def test_a_quotient_of_zero_is_zero_only_below_the_line():
     """Nothing divided by a gradient is known."""
     assert_refused(stateless(lambda g, p: g + jnp.sum(p / (1 + g))), "reduce_sum at")
     assert_refused(stateless(lambda g, p: g + jnp.sum(p * (1 + g))), "reduce_sum at")
+    assert_refused(
+        stateless(lambda g, p: g @ jnp.einsum("ni,nj->ij", jnp.cos(g), p)),
+        "dot_general at",
+    )
 
 
 COLUMNS = jnp.array([0.0, 1.0, 2.0])
