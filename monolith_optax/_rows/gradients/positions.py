@@ -156,7 +156,10 @@ class Positions:
         """
         ids = self.ids - first_row
         inside = (ids >= 0) & (ids < num_rows)
-        outside = ~inside if self.outside is None else self.outside | ~inside
+        outside = ~inside
+        if self.outside is not None:  # one for each window of several rows
+            windows = (1,) * (inside.ndim - self.outside.ndim)
+            outside |= self.outside.reshape(self.outside.shape + windows)
         ids = jnp.clip(ids, 0, max(num_rows - 1, 0))
         part = Positions(ids, outside, self.row_axes, self.scope, self._added)
         return part, inside.reshape(-1)
