@@ -11,15 +11,17 @@ Adam with a warm-up; and gradients are clipped by their global norm. At the end 
 AUC on the last ratings of each user, beside that of how much others liked the film, and
 a picture.
 
-With `--checkpoint FOLDER` a run saves its progress and a later one continues it. With
-`--devices 8` the stacks are spread over eight (virtual) devices, each of which stores
-and updates an eighth of the rows; the result is the same but for rounding.
+With `--checkpoint FOLDER` a run saves its progress and a later one with the same
+options continues it. With `--devices 8` the stacks are spread over eight (virtual)
+devices, each of which stores and updates an eighth of the rows; the result is the same
+but for rounding.
 """
 
 import argparse
 import contextlib
 import functools
 import itertools
+import json
 import math
 import os
 import sys
@@ -265,7 +267,8 @@ def train(
     saved = None
     if args.checkpoint:
         options = ocp.CheckpointManagerOptions(max_to_keep=2)
-        saved = ocp.CheckpointManager(Path(args.checkpoint).absolute(), options=options)
+        folder = Path(args.checkpoint).absolute() / "steps"
+        saved = ocp.CheckpointManager(folder, options=options)
         if saved.latest_step() is not None:
             done = saved.latest_step()
             tree = {"params": params, "state": state, "curve": np.zeros((POINTS, 2))}
@@ -323,6 +326,26 @@ def plot(
     )
     figure.savefig(path)
     plt.close(figure)
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """Refuses checkpoints of a run that would have had other numbers."""
+    names = "dim", "steps", "batch_size", "devices", "learning_rate", "seed"
+    options = {name: getattr(args, name) for name in names}
+    path = Path(args.checkpoint) / "options.json"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(options))
+    elif (before := json.loads(path.read_text())) != options:
+        changed = (
+            f"--{name.replace('_', '-')} {before.get(name)}, not {value}"
+            for name, value in options.items()
+            if before.get(name) != value
+        )
+        sys.exit(
+            f"The run in {args.checkpoint} has {' and '.join(changed)}: continue it "
+            "with its own options, or choose another --checkpoint."
+        )
 
 
 def at_least(least: int) -> Callable[[str], int]:
@@ -390,6 +413,8 @@ def main() -> None:
     """Trains, prints the AUC beside the baseline and saves the picture."""
     mpl.use("Agg")  # pictures go to files, so no screen is needed
     args = parse_args()
+    if args.checkpoint:
+        check_options(args)
     mesh = None
     if args.devices > 1:
         jax.config.update("jax_num_cpu_devices", args.devices)

@@ -225,11 +225,14 @@ def test_train_dlrm_beats_how_others_liked_a_film_and_continues(tmp_path):
     saved = ["--checkpoint", tmp_path / "saved"]
     first = run("train_dlrm.py", *options, *saved)
     assert first.returncode == 0, first.stderr
-    latest = max(int(path.name) for path in (tmp_path / "saved").iterdir())
-    shutil.rmtree(tmp_path / "saved" / str(latest))
+    steps = tmp_path / "saved" / "steps"
+    shutil.rmtree(steps / str(max(int(path.name) for path in steps.iterdir())))
     again = run("train_dlrm.py", *options, *saved)
     assert "Continuing after step" in again.stdout, again.stderr
     assert re.findall(r"AUC.*", again.stdout) == re.findall(r"AUC.*", whole.stdout)
+    other = run("train_dlrm.py", *options, *saved, "--dim", "8")
+    assert other.returncode == 1
+    assert "has --dim 16, not 8: continue it with its own options" in other.stderr
 
 
 @pytest.mark.parametrize(
