@@ -39,6 +39,7 @@ from monolith_optax._rows.gradients.gradient_flow import GradientFlow
 from monolith_optax._rows.gradients.lookup_tree import RESULTS, Found, Node, Tree
 from monolith_optax._rows.gradients.row_images import (
     Facts,
+    Image,
     Known,
     Parameter,
     Source,
@@ -51,6 +52,7 @@ from monolith_optax._rows.gradients.row_images import (
 from monolith_optax._rows.gradients.trace_loss import Loss
 from monolith_optax._rows.programs import jaxprs
 from monolith_optax._rows.programs.jaxprs import Equation, Program, type_of
+from monolith_optax._rows.programs.primitives import MAKERS
 
 
 class Finder:
@@ -161,10 +163,13 @@ class Finder:
     def _step(
         self, equation: Equation, operands: list[Any], tree: Tree, index: int
     ) -> Sequence[Any]:
-        tables = any(map(is_table, operands))
-        if tables or any(map(is_image, operands)):
+        # Without calls: this is asked of each operand of a program.
+        images = [each for each in operands if isinstance(each, Parameter | Image)]
+        tables = any(each.facts.sources for each in images)
+        steps = None
+        if images:
             steps = follow_rows.follow(equation, operands)
-        else:
+        elif equation.primitive.name in MAKERS:
             steps = follow_rows.made(equation, self._num_rows)
         if steps:
             tree[index] = Node(steps=steps, images=_images(operands))
@@ -181,15 +186,19 @@ class Finder:
         return results
 
     def _without_tables(self, equation: Equation, operands: list[Any]) -> Sequence[Any]:
-        shapes = [type_of(out).shape for out in equation.outvars]
-        if equation.primitive.name == "broadcast_in_dim" and 0 in shapes[0]:
-            self.empty_shapes.add(shapes[0])
-        if shapes == [()] and all(isinstance(v, Known) for v in operands) and operands:
+        name = equation.primitive.name
+        if name == "broadcast_in_dim":
+            shape = type_of(equation.outvars[0]).shape
+            if 0 in shape:
+                self.empty_shapes.add(shape)
+        are_known = operands and all(isinstance(v, Known) for v in operands)
+        if are_known and jaxprs.result_shapes(equation) == [()]:
             return [Known(equation, operands)]
-        called = jaxprs.called_program(equation)
-        from_data = any(map(is_data, operands)) or (
-            called is not None and any(self.is_data(each) for each in called.consts)
-        )
+        from_data = any(value is True or is_data(value) for value in operands)
+        if not from_data and name in jaxprs.CALLS | jaxprs.CUSTOM_DERIVATIVES:
+            called = jaxprs.called_program(equation)
+            assert called is not None
+            from_data = any(self.is_data(each) for each in called.consts)
         return [from_data] * len(equation.outvars)
 
     def follow_one(

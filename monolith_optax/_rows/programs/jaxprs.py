@@ -16,7 +16,7 @@ from jax.extend import core, source_info_util
 from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 
-from monolith_optax._rows.types import ArrayType, Mesh, PyTree
+from monolith_optax._rows.types import ArrayType, Mesh, PyTree, Shape
 
 Value = TypeVar("Value")
 Program = core.ClosedJaxpr
@@ -192,6 +192,16 @@ def is_variable(atom: Atom) -> TypeGuard[Variable]:
 def type_of(atom: Atom) -> ArrayType:
     """The type of an operand or result of an equation."""
     return cast(ArrayType, atom.aval)
+
+
+def shapes_of(equation: Equation) -> list[Shape]:
+    """The shapes of the operands of an equation."""
+    return [type_of(operand).shape for operand in equation.invars]
+
+
+def result_shapes(equation: Equation) -> list[Shape]:
+    """The shapes of its results."""
+    return [type_of(result).shape for result in equation.outvars]
 
 
 def source_line(equation: Equation, *callers: Equation) -> str:

@@ -14,7 +14,7 @@ from monolith_optax._rows.programs.jaxprs import (
     alike,
     bind,
     evaluate_now,
-    type_of,
+    shapes_of,
 )
 from monolith_optax._rows.programs.primitives import ELEMENTWISE
 from monolith_optax._rows.types import EquationParams
@@ -94,8 +94,3 @@ class Plan:
 
 
 _BROADCASTING = ELEMENTWISE | {"broadcast_in_dim"}
-
-
-def shapes_of(equation: Equation) -> list[tuple[int, ...]]:
-    """The shapes of the operands of an equation."""
-    return [type_of(operand).shape for operand in equation.invars]

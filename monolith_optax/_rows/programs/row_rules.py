@@ -10,9 +10,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from monolith_optax._rows.programs.jaxprs import Equation, type_of
+from monolith_optax._rows.programs.jaxprs import Equation, result_shapes, shapes_of
 from monolith_optax._rows.programs.plans import Plan as Plan
-from monolith_optax._rows.programs.plans import shapes_of
 from monolith_optax._rows.programs.primitives import ELEMENTWISE as ELEMENTWISE
 from monolith_optax._rows.programs.primitives import MAKERS
 
@@ -51,19 +50,20 @@ def _later(axes: Sequence[int], count: int) -> tuple[int, ...]:
 
 def _elementwise(equation: Equation, by_row: list[bool], count: int) -> Plan | None:
     """Operands have the shape of the results, but may have axes of 1, or none."""
-    shapes = {type_of(result).shape for result in equation.outvars}
+    shapes = set(result_shapes(equation))
     if len(shapes) != 1:
         return None
     [shape] = shapes
     axes = shape[:count]
     needed = []
     for operand, row in zip(shapes_of(equation), by_row, strict=True):
-        if any(a not in (1, b) for a, b in zip(operand, shape, strict=False)):
-            return None
+        for size, wanted in zip(operand, shape, strict=False):
+            if size not in (1, wanted):
+                return None
         first = operand[:count]
         if row and first != axes:
             return None
-        needed.append(first == axes != () or any(size != 1 for size in first))
+        needed.append(first == axes != () or math.prod(first) != 1)
     if len(axes) < count and any(needed):
         return None
     return Plan(equation, needed, row_axes=count)

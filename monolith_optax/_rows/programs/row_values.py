@@ -219,24 +219,6 @@ def kind(value: Value) -> Kind:
     return Kind(type(value), table, value.constant)
 
 
-def common_table(
-    equation: Equation, values: Sequence[Value] | Sequence[Kind]
-) -> Table | None:
-    """The one table whose rows are among the values of an equation, if any are.
-
-    Raises:
-      MixesRowsError: there are rows of several tables.
-    """
-    found = [v.table for v in values if not isinstance(v, Whole | Later)]
-    tables = list(dict.fromkeys(table for table in found if table is not None))
-    if len(tables) > 1:
-        raise MixesRowsError(
-            f"combines rows of {' and '.join(table.name for table in tables)}",
-            equation,
-        )
-    return tables[0] if tables else None
-
-
 def known_as(array: jax.Array, table: Table | None, constant: Constant) -> Value:
     """Rows of a table, or a whole array."""
     return Whole(array, constant) if table is None else Rows(array, table, constant)

@@ -9,6 +9,7 @@ which rows without a gradient add nothing.
 """
 
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import jax
 import numpy as np
@@ -28,17 +29,35 @@ from monolith_optax._rows.programs.jaxprs import Equation, Program
 from monolith_optax._rows.programs.row_values import (
     Chosen,
     Given,
+    Kind,
     Later,
     Made,
     MixesRowsError,
     Rows,
     Value,
     Whole,
-    common_table,
     known_as,
 )
 from monolith_optax._rows.slices.row_access import Table
 from monolith_optax._rows.types import PyTree
+
+
+def _common_table(
+    equation: Equation, values: Sequence[Value] | Sequence[Kind]
+) -> Table | None:
+    """The one table whose rows are among the values of an equation, if any are.
+
+    Raises:
+      MixesRowsError: there are rows of several tables.
+    """
+    found = [v.table for v in values if not isinstance(v, Whole | Later)]
+    tables = list(dict.fromkeys(table for table in found if table is not None))
+    if len(tables) > 1:
+        raise MixesRowsError(
+            f"combines rows of {' and '.join(table.name for table in tables)}",
+            equation,
+        )
+    return tables[0] if tables else None
 
 
 class Runner:
@@ -84,7 +103,7 @@ class Runner:
             return operands
         if name == "cond" and by_row:
             return self._cond(equation, operands)
-        table = common_table(equation, operands)
+        table = _common_table(equation, operands)
         if table is None:
             return self._without_rows(equation, operands)
         if name in jaxprs.CUSTOM_DERIVATIVES:
@@ -99,10 +118,10 @@ class Runner:
         plan = row_rules.plan(equation, by_row, count)
         if plan is not None:
             arrays = [
-                value.at(table if row else None)
+                _array(value, table if row else None)
                 for row, value in zip(plan.by_row, operands, strict=True)
             ]
-            results = plan.apply(table.batch_size, arrays, table.split)
+            results = plan.apply(table.ids.shape[0], arrays, table.split)
             after = known_constants.after(equation, known, plan.evaluate)
             return [
                 Rows(array, table, constant)
@@ -137,7 +156,7 @@ class Runner:
 
     def _plans(self, equation: Equation, by_row: list[bool]) -> list[row_rules.Plan]:
         """Ways to make results that are as long as tables of rows, or from nothing."""
-        shapes = [jaxprs.type_of(out).shape for out in equation.outvars]
+        shapes = jaxprs.result_shapes(equation)
         found = [
             row_rules.plan(equation, by_row, len(axes))
             for axes in self._as_long(*shapes)
@@ -196,7 +215,7 @@ class Runner:
             return lax.switch(index.at(None), branches)
 
         by_result = list(zip(*self._inner.kinds(equation, operands), strict=True))
-        tables = [common_table(equation, each) for each in by_result]
+        tables = [_common_table(equation, each) for each in by_result]
         known = [
             known_constants.joined([k.constant for k in each]) for each in by_result
         ]
@@ -219,7 +238,7 @@ class Runner:
         """Runs a `custom_jvp` or `custom_vjp` function so that it keeps its rule."""
         program, table = (
             jaxprs.called_program(equation),
-            common_table(equation, operands),
+            _common_table(equation, operands),
         )
         assert program is not None
         operands = [
@@ -271,4 +290,13 @@ def _why_not(equation: Equation, table: Table) -> str:
 
 
 def _bind_whole(equation: Equation, operands: list[Value]) -> list[jax.Array]:
-    return jaxprs.bind(equation, [value.at(None) for value in operands])
+    return jaxprs.bind(equation, [_array(value, None) for value in operands])
+
+
+def _array(value: Value, table: Table | None) -> jax.Array:
+    """`value.at(table)`, which needs no call where the array is there."""
+    if isinstance(value, Rows) and value.table is table:
+        return value.array
+    if isinstance(value, Whole) and table is None:
+        return cast(jax.Array, value.array)
+    return value.at(table)

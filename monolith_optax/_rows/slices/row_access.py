@@ -31,6 +31,7 @@ class Table:
         of padding and of further occurrences of an id have ids beyond the table, for
         which `is_beyond` holds.
       placement: where the rows are, if they are spread over devices.
+      split: the mesh axes over which the positions are split then.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class Table:
         self.name, self.ids, self.placement = name, ids, placement
         self.axes = rows if isinstance(rows, tuple) else (rows,)
         self.num_rows = math.prod(self.axes)
+        self.split = None if placement is None else placement.spread.axes
 
     def with_ids(self, ids: jax.Array) -> "Table":
         """The table with the same ids in another array, as that of another trace."""
@@ -55,11 +57,6 @@ class Table:
     def batch_size(self) -> int:
         """How many positions there are."""
         return self.ids.shape[0]
-
-    @property
-    def split(self) -> tuple[str, ...] | None:
-        """The mesh axes over which the positions are split."""
-        return None if self.placement is None else self.placement.spread.axes
 
     @property
     def valid(self) -> jax.Array:
