@@ -30,21 +30,47 @@ from monolith_optax._rows.slices.row_access import Table
 
 
 class MixesRowsError(ValueError):
-    """A step would need rows of a table that the batch does not have."""
+    """A step would need rows of a table that the batch does not have.
 
-    def __init__(self, what: str, equation: Equation | None = None) -> None:
-        super().__init__(what)
-        # The equation that does it, and the calls that lead to it.
-        self.equations = [] if equation is None else [equation]
-        # Who needs the rows, and what works without: reset_rows has its own.
-        self.needed_by, self.way_out = "lazy_rows", "Use a dense gradient"
+    Attributes:
+      reason: what an operation does, or a leaf.
+      equations: the operation, and the calls that lead to it.
+      asked_by: who needs the rows.
+      advice: what works without them.
+    """
+
+    def __init__(
+        self,
+        reason: str,
+        *equations: Equation,
+        asked_by: str = "lazy_rows",
+        advice: str = "Use a dense gradient",
+    ) -> None:
+        super().__init__(reason)
+        self.reason, self.equations = reason, equations
+        self.asked_by, self.advice = asked_by, advice
+
+    def inside(self, caller: Equation) -> "MixesRowsError":
+        """The same error, of an operation inside a call."""
+        equations = *self.equations, caller
+        new = MixesRowsError(
+            self.reason, *equations, asked_by=self.asked_by, advice=self.advice
+        )
+        return new.with_traceback(self.__traceback__)
+
+    def of(self, asked_by: str, advice: str) -> "MixesRowsError":
+        """The same error, where another function needs the rows."""
+        new = MixesRowsError(
+            self.reason, *self.equations, asked_by=asked_by, advice=advice
+        )
+        return new.with_traceback(self.__traceback__)
 
     def __str__(self) -> str:
-        what = [source_line(*self.equations)] if self.equations else []
+        what = f"{source_line(*self.equations)} " if self.equations else ""
         return (
-            f"{self.needed_by} needs an optimizer that treats each row by itself, but "
-            f"in this one {' '.join([*what, *self.args])}. {self.way_out}, or give its "
-            "tables to another optimizer with optax.partition."
+            f"{self.asked_by} needs an optimizer that treats each row by itself, but "
+            f"in this one {what}{self.reason}. {self.advice}, or give its tables to "
+            "another optimizer with optax.partition."
         )
 
 

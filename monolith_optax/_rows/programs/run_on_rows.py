@@ -96,8 +96,7 @@ class Runner:
             try:
                 return self._inside(equation, 0, program, operands)
             except MixesRowsError as error:
-                error.equations.append(equation)
-                raise
+                raise error.inside(equation) from None
         by_row = any(not isinstance(value, Whole) for value in operands)
         if name in primitives.HINTS and by_row:
             return operands

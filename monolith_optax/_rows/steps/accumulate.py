@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +11,9 @@ from jax.tree_util import keystr
 
 from monolith_optax._rows.slices.duplicates import at_least_float32
 from monolith_optax._rows.slices.row_slices import is_slices
+from monolith_optax._rows.types import KeyPath, PyTree
 
-Grad = TypeVar("Grad", bound=Callable[..., Any])
+Grad = TypeVar("Grad", bound=Callable[..., PyTree])
 
 
 def accumulate(grad: Grad, num_batches: int) -> Grad:
@@ -59,17 +60,17 @@ def accumulate(grad: Grad, num_batches: int) -> Grad:
     """
 
     @functools.wraps(grad)
-    def accumulated(params: Any, *args: Any, **kwargs: Any) -> Any:
+    def accumulated(params: PyTree, *args: PyTree, **kwargs: PyTree) -> PyTree:
         leaves, structure = jax.tree.flatten_with_path((args, kwargs))
         parts = _cut(leaves, num_batches)
 
         @jax.jit  # so that eval_shape and scan trace it only once
-        def one(params: Any, part: dict[int, Any]) -> Any:
+        def one(params: PyTree, part: dict[int, jax.Array]) -> PyTree:
             filled = [part.get(i, leaf) for i, (_, leaf) in enumerate(leaves)]
             args, kwargs = jax.tree.unflatten(structure, filled)
             return grad(params, *args, **kwargs)
 
-        def add(sums: list[Any], part: dict[int, Any]) -> Any:
+        def add(sums: list[PyTree], part: dict[int, jax.Array]) -> PyTree:
             result, gradients = one(params, part)
             value, aux = _value_and_aux(result)
             flat = jax.tree.leaves(gradients, is_leaf=is_slices)
@@ -97,13 +98,15 @@ def accumulate(grad: Grad, num_batches: int) -> Grad:
     return accumulated  # type: ignore[return-value]
 
 
-def _value_and_aux(result: Any) -> tuple[Any, Any]:
+def _value_and_aux(result: PyTree) -> tuple[PyTree, PyTree]:
     return result if isinstance(result, tuple) else (result, None)
 
 
-def _cut(leaves: list[tuple[Any, Any]], num_batches: int) -> dict[int, Any]:
+def _cut(
+    leaves: list[tuple[KeyPath, PyTree]], num_batches: int
+) -> dict[int, jax.Array]:
     """The leaves that differ between micro-batches, with an axis for these in front."""
-    parts: dict[int, Any] = {}
+    parts: dict[int, PyTree] = {}
     sizes: dict[str, int] = {}
     for i, (path, leaf) in enumerate(leaves):
         if not isinstance(leaf, jax.Array | np.ndarray):

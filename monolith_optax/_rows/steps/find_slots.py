@@ -6,18 +6,19 @@ it, directly or after any operations. The order of fields does not matter.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TypeAlias
 
 import numpy as np
 
 from monolith_optax._rows.programs import jaxprs
-from monolith_optax._rows.programs.jaxprs import Equation, Program, type_of
+from monolith_optax._rows.programs.jaxprs import Atom, Equation, Program, type_of
 from monolith_optax._rows.programs.row_values import MixesRowsError
 from monolith_optax._rows.slices.row_access import Table
 from monolith_optax._rows.steps.state_leaves import Leaf
 
 # A table or a leaf; arrays hold as many entries along the first axis.
-Source = Any
+Source: TypeAlias = Table | int
+Sources: TypeAlias = frozenset[Source]
 
 
 def unchanged_slots(program: Program, weights: Sequence[Leaf]) -> list[bool]:
@@ -92,7 +93,7 @@ class Groups:
         """All sources with which one is combined."""
         return self._group.get(source, {source})
 
-    def join(self, sources: frozenset[Source]) -> None:
+    def join(self, sources: Sources) -> None:
         """Notes that sources are combined."""
         joined = set().union(*map(self.of, sources)) if sources else set()
         for source in joined:
@@ -108,12 +109,10 @@ def combined(program: Program, sources: Sequence[Source | None]) -> Groups:
     """
     groups = Groups()
 
-    def run(program: Program, operands: Sequence[frozenset[Source]]) -> list[Any]:
+    def run(program: Program, operands: Sequence[Sources]) -> list[Sources]:
         return jaxprs.interpret(program, operands, step, lambda _: frozenset())
 
-    def step(
-        equation: Equation, operands: list[frozenset[Source]]
-    ) -> Sequence[frozenset[Source]]:
+    def step(equation: Equation, operands: list[Sources]) -> Sequence[Sources]:
         name = equation.primitive.name
         if name in jaxprs.CALLS | jaxprs.CUSTOM_DERIVATIVES:
             called = jaxprs.called_program(equation)
@@ -122,7 +121,7 @@ def combined(program: Program, sources: Sequence[Source | None]) -> Groups:
         if name == "cond":
             each = [run(branch, operands[1:]) for branch in jaxprs.branches(equation)]
             return [_joined(groups, results) for results in zip(*each, strict=True)]
-        by_length: dict[int, list[frozenset[Source]]] = {}
+        by_length: dict[int, list[Sources]] = {}
         for atom, operand in zip(equation.invars, operands, strict=True):
             by_length.setdefault(_length(atom), []).append(operand)
         found = {n: _joined(groups, each) for n, each in by_length.items() if n > 0}
@@ -132,12 +131,12 @@ def combined(program: Program, sources: Sequence[Source | None]) -> Groups:
     return groups
 
 
-def _joined(groups: Groups, operands: Sequence[frozenset[Source]]) -> frozenset[Source]:
+def _joined(groups: Groups, operands: Sequence[Sources]) -> Sources:
     sources = frozenset().union(*operands) if operands else frozenset()
     groups.join(sources)
     return sources
 
 
-def _length(atom: Any) -> int:
+def _length(atom: Atom) -> int:
     shape = getattr(type_of(atom), "shape", ())
     return shape[0] if shape else -1

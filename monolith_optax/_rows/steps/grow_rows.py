@@ -1,33 +1,35 @@
 """grow_rows and restack: larger tables that keep the slots they have."""
 
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.tree_util import keystr
+from jax.typing import ArrayLike
 
 from monolith_optax._leaves import describe, dtype_of
 from monolith_optax._rows.slices.row_access import Table
 from monolith_optax._rows.slices.table_stack import TableStack
 from monolith_optax._rows.steps.named_rows import broadcast, is_none, start_rows
-from monolith_optax._rows.steps.state_leaves import owners
+from monolith_optax._rows.steps.state_leaves import Owner, owners
+from monolith_optax._rows.types import PyTree
 
 Params = TypeVar("Params")
 State = TypeVar("State")
 
 # For a leaf of the new params: its rows that were there before, and where they were.
-Moves = dict[int, tuple[Any, Any]]
+Moves: TypeAlias = dict[int, tuple[np.ndarray, np.ndarray]]
 
 
 def grow_rows(
     tx: optax.GradientTransformation,
     params: Params,
     state: State,
-    rows: Any,
-    init: Any = 0.0,
+    rows: PyTree,
+    init: PyTree = 0.0,
 ) -> tuple[Params, State]:
     """Adds rows to tables, and to all of their slots.
 
@@ -85,7 +87,7 @@ def restack(
     state: State,
     old: TableStack,
     new: TableStack,
-    init: Any = 0.0,
+    init: PyTree = 0.0,
 ) -> tuple[Params, State]:
     """Moves trained tables from one stack to another, with all of their slots.
 
@@ -114,6 +116,7 @@ def restack(
     Example:
       >>> import jax.numpy as jnp
       >>> import optax
+    from jax.typing import ArrayLike
       >>> from monolith_optax import TableStack, restack
       >>> tables = {"item": jnp.ones((2, 1)), "user": jnp.ones((1, 1))}
       >>> old, tx = TableStack(tables), optax.adam(0.1)
@@ -125,10 +128,10 @@ def restack(
     """
     before, after = old.moves_to(new)
 
-    def is_stack(node: Any) -> bool:
+    def is_stack(node: PyTree) -> bool:
         return isinstance(node, dict) and node.keys() == old.shapes.keys()
 
-    def restacked(node: Any) -> Any:
+    def restacked(node: PyTree) -> PyTree:
         if not is_stack(node):
             return node
         start = new.start(init)
@@ -164,13 +167,13 @@ class _Array:
 
 
 def _carried_over(
-    tx: optax.GradientTransformation, state: Any, new_params: Any, moves: Moves
-) -> Any:
+    tx: optax.GradientTransformation, state: PyTree, new_params: PyTree, moves: Moves
+) -> PyTree:
     """The state of the new params, with all that the old state knows."""
     new_state = tx.init(new_params)
     before = {keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(state)}
 
-    def carried(path: str, start: Any, owner: Any) -> Any:
+    def carried(path: str, start: jax.Array, owner: Owner) -> PyTree:
         if path not in before:
             return start
         old = before[path]
@@ -193,21 +196,23 @@ def _carried_over(
     return jax.tree.unflatten(jax.tree.structure(new_state), after)
 
 
-def _moved(start: Any, old: Any, rows_before: Any, rows_after: Any) -> Any:
+def _moved(
+    start: ArrayLike, old: ArrayLike, rows_before: np.ndarray, rows_after: np.ndarray
+) -> jax.Array:
     """An array with some rows of an old one, placed as it was."""
     start, old = _placed_as(old, jnp.asarray(start)), jnp.asarray(old)
     rows = Table("", len(old), jnp.asarray(rows_before)).gather(old)
     return Table("", len(start), jnp.asarray(rows_after)).scatter(start, rows)
 
 
-def _placed_as(old: Any, new: jax.Array) -> jax.Array:
+def _placed_as(old: ArrayLike, new: jax.Array) -> jax.Array:
     if isinstance(old, jax.core.Tracer) or not isinstance(old, jax.Array):
         return new
     placed: jax.Array = jax.device_put(new, old.sharding)
     return placed
 
 
-def _old_count(name: str, leaf: Any, count: Any) -> int:
+def _old_count(name: str, leaf: PyTree, count: object) -> int:
     if not isinstance(count, int | np.integer) or np.ndim(leaf) == 0:
         raise ValueError(
             f"rows must give params{name} a number of rows, and params{name} must have "
@@ -221,7 +226,7 @@ def _old_count(name: str, leaf: Any, count: Any) -> int:
     return len(leaf)
 
 
-def _grown(name: str, leaf: Any, count: int, start: Any) -> jax.Array:
+def _grown(name: str, leaf: PyTree, count: int, start: PyTree) -> jax.Array:
     shape = (count - len(leaf), *np.shape(leaf)[1:])
     what = f"The new rows of params{name}"
     rows = start_rows(what, start, shape, dtype_of(leaf))

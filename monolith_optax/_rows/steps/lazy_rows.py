@@ -2,13 +2,13 @@
 
 import functools
 import warnings
-from typing import Any
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.tree_util import keystr
+from jax.tree_util import PyTreeDef, keystr
 
 from monolith_optax._rows.programs.jaxprs import Program, trace
 from monolith_optax._rows.programs.known_constants import ZERO
@@ -23,6 +23,9 @@ from monolith_optax._rows.slices.row_access import touched
 from monolith_optax._rows.slices.row_slices import RowSlices, is_slices, row_axes
 from monolith_optax._rows.steps.find_slots import slots_of_program, unchanged_slots
 from monolith_optax._rows.steps.state_leaves import Leaf, check_kind, owners
+from monolith_optax._rows.types import PyTree
+
+Arrays: TypeAlias = list[jax.Array]
 
 
 def lazy_rows(
@@ -92,7 +95,7 @@ def lazy_rows(
         updates: optax.Updates,
         state: optax.OptState,
         params: optax.Params | None = None,
-        **extra_args: Any,
+        **extra_args: PyTree,
     ) -> tuple[optax.Updates, optax.OptState]:
         step = inner.update
         leaves = jax.tree.leaves(updates, is_leaf=is_slices)
@@ -104,7 +107,9 @@ def lazy_rows(
             step = jitted if only_arrays else functools.partial(_step, inner)
         elif any(np.ndim(leaf) > 1 for leaf in leaves):
             warn()
-        result: tuple[Any, Any] = step(updates, state, params, **extra_args)
+        result: tuple[optax.Updates, optax.OptState] = step(
+            updates, state, params, **extra_args
+        )
         return result
 
     return optax.GradientTransformationExtraArgs(inner.init, update)
@@ -119,7 +124,7 @@ def _warn_of_dense_gradients() -> None:
     )
 
 
-def _is_array(leaf: Any) -> bool:
+def _is_array(leaf: object) -> bool:
     """Whether a leaf may be traced; functions, strings and flags may not."""
     kinds = jax.Array, np.ndarray, np.generic, int, float, complex
     return isinstance(leaf, kinds) and not isinstance(leaf, bool)
@@ -130,7 +135,7 @@ def _step(
     updates: optax.Updates,
     state: optax.OptState,
     params: optax.Params,
-    **extra_args: Any,
+    **extra_args: PyTree,
 ) -> tuple[optax.Updates, optax.OptState]:
     """One step on the rows that the slices name, and on all of the dense leaves."""
     structure = jax.tree.structure(params)
@@ -139,9 +144,11 @@ def _step(
     extra, extra_structure = jax.tree.flatten(extra_args)
     arrays = [leaf for leaf in extra if _is_array(leaf)]
 
-    def whole_step(gradients: Any, slots: Any, weights: Any, arrays: Any) -> Any:
-        arrays = iter(arrays)
-        leaves = [next(arrays) if _is_array(leaf) else leaf for leaf in extra]
+    def whole_step(
+        gradients: Arrays, slots: Arrays, weights: Arrays, arrays: Arrays
+    ) -> PyTree:
+        left = iter(arrays)
+        leaves = [next(left) if _is_array(leaf) else leaf for leaf in extra]
         return inner.update(
             jax.tree.unflatten(structure, gradients),
             jax.tree.unflatten(slots_structure, slots),
@@ -149,7 +156,7 @@ def _step(
             **jax.tree.unflatten(extra_structure, leaves),
         )
 
-    def traced(values: list[Value]) -> tuple[Program, Any]:
+    def traced(values: list[Value]) -> tuple[Program, PyTree]:
         return trace(
             whole_step,
             list(map(_whole_type, gradients, weights)),
@@ -217,7 +224,7 @@ def _slots(
     state: optax.OptState,
     params: optax.Params,
     weights: list[Leaf],
-) -> tuple[list[Leaf], Any]:
+) -> tuple[list[Leaf], PyTreeDef]:
     leaves, structure = jax.tree.flatten_with_path(state)
     axes = {
         i: len(weight.table.axes) if weight.table else 1
@@ -233,7 +240,7 @@ def _slots(
     ], structure
 
 
-def _whole_type(value: Value, leaf: Leaf) -> Any:
+def _whole_type(value: Value, leaf: Leaf) -> PyTree:
     """The type of what a value is in the whole step."""
     if not isinstance(value, Rows):
         return jax.typeof(value.at(None))
@@ -244,7 +251,7 @@ def _whole_type(value: Value, leaf: Leaf) -> Any:
     )
 
 
-def _update(value: Value, weight: Leaf) -> Any:
+def _update(value: Value, weight: Leaf) -> jax.Array | RowSlices:
     table = weight.table
     if table is None:
         return weight.all(value)
@@ -260,8 +267,8 @@ def _check_state(
     cause: Exception | None = None,
 ) -> None:
     """Says so if a step fails on the state of another optimizer."""
-    given: Any = jax.tree.structure(state)
-    expected: Any = jax.tree.structure(jax.eval_shape(inner.init, params))
+    given: PyTreeDef = jax.tree.structure(state)
+    expected: PyTreeDef = jax.tree.structure(jax.eval_shape(inner.init, params))
     if given != expected:
         raise ValueError(
             "The state must be that of the optimizer for these params, but it is "
@@ -271,8 +278,8 @@ def _check_state(
         ) from cause
 
 
-def _check_results(shapes: Any, given: Any, leaves: list[Leaf]) -> None:
-    structure: Any = jax.tree.structure(given, is_leaf=is_slices)
+def _check_results(shapes: PyTree, given: PyTree, leaves: list[Leaf]) -> None:
+    structure: PyTreeDef = jax.tree.structure(given, is_leaf=is_slices)
     if jax.tree.structure(shapes) != structure:
         raise MixesRowsError("updates or state change their structure")
     for leaf, after in zip(leaves, jax.tree.leaves(shapes), strict=True):
@@ -282,7 +289,7 @@ def _check_results(shapes: Any, given: Any, leaves: list[Leaf]) -> None:
             )
 
 
-def _check_extra_args(extra_args: dict[str, Any]) -> None:
+def _check_extra_args(extra_args: dict[str, PyTree]) -> None:
     for name, value in extra_args.items():
         if any(map(is_slices, jax.tree.leaves(value, is_leaf=is_slices))):
             raise MixesRowsError(f"the extra argument {name} holds RowSlices")
@@ -294,7 +301,7 @@ def _check_slices(updates: optax.Updates, params: optax.Params | None) -> None:
             "lazy_rows needs the current parameters, but params is None: call "
             "update(gradients, state, params)."
         )
-    given: Any = jax.tree.structure(updates, is_leaf=is_slices)
+    given: PyTreeDef = jax.tree.structure(updates, is_leaf=is_slices)
     if given != jax.tree.structure(params):
         raise ValueError(
             f"The gradients have the structure {given}, but the parameters "

@@ -1,17 +1,19 @@
 """Rows of some tables, as a caller names them: a prefix of params with row numbers."""
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import keystr
+from jax.typing import ArrayLike, DTypeLike
 
 from monolith_optax._leaves import describe, dtype_of
 from monolith_optax._rows.slices.duplicates import LAST_ID, distinct_ids
 from monolith_optax._rows.slices.opaque_ids import int32_ids
 from monolith_optax._rows.slices.row_access import Table, flattened
+from monolith_optax._rows.types import PyTree, Shape
 from monolith_optax._shardings import replicated
 
 
@@ -38,18 +40,18 @@ class NamedRows(NamedTuple):
         _, ids = distinct_ids(self.ids, math.prod(self.axes))
         return self._replace(ids=ids)
 
-    def read(self, array: Any) -> jax.Array:
+    def read(self, array: ArrayLike) -> jax.Array:
         """These rows of an array that has the rows of the table; zeros for padding."""
         rows = self.table.gather(flattened(jnp.asarray(array), self.axes))
         return self.table.mask(rows, np.zeros((), rows.dtype))
 
-    def write(self, array: Any, rows: jax.Array) -> jax.Array:
+    def write(self, array: ArrayLike, rows: jax.Array) -> jax.Array:
         """The array with other numbers in these rows, which must be distinct."""
         flat = flattened(jnp.asarray(array), self.axes)
         return self.table.scatter(flat, rows).reshape(np.shape(array))
 
 
-def named_rows(rows: Any, params: Any) -> dict[int, NamedRows]:
+def named_rows(rows: PyTree, params: PyTree) -> dict[int, NamedRows]:
     """The rows that a prefix of params names, by the leaf of params.
 
     Leaves count as `jax.tree.leaves` does with None as a leaf.
@@ -68,7 +70,7 @@ def named_rows(rows: Any, params: Any) -> dict[int, NamedRows]:
     }
 
 
-def broadcast(what: str, prefix: Any, params: Any) -> list[Any]:
+def broadcast(what: str, prefix: PyTree, params: PyTree) -> list[PyTree]:
     """What a prefix of params says of each leaf; None counts as a leaf."""
     try:
         tree = jax.tree.broadcast(prefix, params, is_leaf=is_none)
@@ -81,7 +83,9 @@ def broadcast(what: str, prefix: Any, params: Any) -> list[Any]:
     return jax.tree.leaves(tree, is_leaf=is_none)
 
 
-def start_rows(what: str, start: Any, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+def start_rows(
+    what: str, start: ArrayLike | None, shape: Shape, dtype: DTypeLike
+) -> jax.Array:
     """What `init` gives new rows, in their shape and dtype.
 
     Raises:
@@ -98,12 +102,12 @@ def start_rows(what: str, start: Any, shape: tuple[int, ...], dtype: Any) -> jax
     return jnp.broadcast_to(jnp.asarray(start, dtype), shape)
 
 
-def is_none(node: Any) -> bool:
+def is_none(node: object) -> bool:
     """Whether a node of a tree is None."""
     return node is None
 
 
-def _of_leaf(name: str, leaf: Any, ids: Any) -> NamedRows:
+def _of_leaf(name: str, leaf: PyTree, ids: PyTree) -> NamedRows:
     shape = np.shape(leaf)
     if not shape:
         raise ValueError(f"rows names {name}, but a scalar has no rows.")
@@ -116,7 +120,7 @@ def _of_leaf(name: str, leaf: Any, ids: Any) -> NamedRows:
     return NamedRows(name, flat, axes)
 
 
-def _count_of_axes(name: str, shape: tuple[int, ...], ids: Any) -> int:
+def _count_of_axes(name: str, shape: tuple[int, ...], ids: PyTree) -> int:
     """How many axes of a leaf the ids count through."""
     given = np.shape(ids)
     if len(shape) <= 2:

@@ -1,24 +1,25 @@
 """read_rows and write_rows: some rows of tables, with all of their slots."""
 
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.tree_util import keystr
+from jax.tree_util import PyTreeDef, keystr
 
 from monolith_optax._leaves import describe, dtype_of
 from monolith_optax._rows.steps.named_rows import NamedRows, is_none, named_rows
 from monolith_optax._rows.steps.slot_owners import slot_owners
+from monolith_optax._rows.types import PyTree
 
 Params = TypeVar("Params")
 State = TypeVar("State")
 
 
 def read_rows(
-    tx: optax.GradientTransformation, params: Any, state: Any, rows: Any
-) -> tuple[Any, Any]:
+    tx: optax.GradientTransformation, params: PyTree, state: PyTree, rows: PyTree
+) -> tuple[PyTree, PyTree]:
     """Some rows of tables, with the same rows of all of their slots.
 
     It is all that training knows of these rows, so that they can be kept elsewhere,
@@ -69,8 +70,8 @@ def write_rows(
     tx: optax.GradientTransformation,
     params: Params,
     state: State,
-    rows: Any,
-    values: Any,
+    rows: PyTree,
+    values: PyTree,
 ) -> tuple[Params, State]:
     """Puts rows with all of their slots into tables: what `read_rows` has read.
 
@@ -115,7 +116,7 @@ def written(
     state: State,
     named: dict[int, NamedRows],
     owners: list[NamedRows | None],
-    values: Any,
+    values: PyTree,
 ) -> tuple[Params, State]:
     """The params and the state with other values in some rows."""
     weights, slots = values
@@ -130,11 +131,11 @@ def written(
     )
 
 
-def _of_params(named: dict[int, NamedRows], params: Any) -> list[NamedRows | None]:
+def _of_params(named: dict[int, NamedRows], params: PyTree) -> list[NamedRows | None]:
     return [named.get(i) for i in range(len(jax.tree.leaves(params, is_leaf=is_none)))]
 
 
-def _read(tree: Any, owners: list[NamedRows | None]) -> Any:
+def _read(tree: PyTree, owners: list[NamedRows | None]) -> PyTree:
     leaves, structure = jax.tree.flatten(tree, is_leaf=is_none)
     rows = [
         None if owner is None else owner.read(leaf)
@@ -143,9 +144,11 @@ def _read(tree: Any, owners: list[NamedRows | None]) -> Any:
     return jax.tree.unflatten(structure, rows)
 
 
-def _written(what: str, tree: Any, owners: list[NamedRows | None], values: Any) -> Any:
-    structure: Any = jax.tree.structure(tree, is_leaf=is_none)
-    given: Any = jax.tree.structure(values, is_leaf=is_none)
+def _written(
+    what: str, tree: PyTree, owners: list[NamedRows | None], values: PyTree
+) -> PyTree:
+    structure: PyTreeDef = jax.tree.structure(tree, is_leaf=is_none)
+    given: PyTreeDef = jax.tree.structure(values, is_leaf=is_none)
     if given != structure:
         raise ValueError(
             f"The values for {what} must be a tree like {what}, as read_rows gives it, "

@@ -1,6 +1,6 @@
 """reset_rows: rows with a new owner get new weights and initial slots."""
 
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 import numpy as np
@@ -21,13 +21,18 @@ from monolith_optax._rows.steps.named_rows import (
 )
 from monolith_optax._rows.steps.read_rows import written
 from monolith_optax._rows.steps.slot_owners import slot_owners
+from monolith_optax._rows.types import KeyPath, PyTree
 
 Params = TypeVar("Params")
 State = TypeVar("State")
 
 
 def reset_rows(
-    tx: optax.GradientTransformation, params: Params, state: State, rows: Any, init: Any
+    tx: optax.GradientTransformation,
+    params: Params,
+    state: State,
+    rows: PyTree,
+    init: PyTree,
 ) -> tuple[Params, State]:
     """Gives rows of tables new weights and the slots that the optimizer begins with.
 
@@ -74,7 +79,7 @@ def reset_rows(
     named = named_rows(rows, params)
     weights, structure = jax.tree.flatten(params, is_leaf=is_none)
     starts = broadcast("init", init, params)
-    new: list[Any] = [
+    new: list[PyTree] = [
         _new_rows(named[i], weights[i], starts[i]) if i in named else None
         for i in range(len(weights))
     ]
@@ -82,13 +87,12 @@ def reset_rows(
     try:
         slots = _initial_slots(tx, params, state, named, owners, new)
     except MixesRowsError as error:
-        error.needed_by, error.way_out = "reset_rows", "Begin with a new state"
-        raise
+        raise error.of("reset_rows", "Begin with a new state") from None
     values = jax.tree.unflatten(structure, new), slots
     return written(params, state, named, owners, values)
 
 
-def _new_rows(rows: NamedRows, weights: Any, start: Any) -> jax.Array:
+def _new_rows(rows: NamedRows, weights: PyTree, start: PyTree) -> jax.Array:
     shape = (len(rows.ids), *np.shape(weights)[len(rows.axes) :])
     what = f"The new weights of {rows.name}"
     return start_rows(what, start, shape, dtype_of(weights))
@@ -96,17 +100,17 @@ def _new_rows(rows: NamedRows, weights: Any, start: Any) -> jax.Array:
 
 def _initial_slots(
     tx: optax.GradientTransformation,
-    params: Any,
-    state: Any,
+    params: PyTree,
+    state: PyTree,
     named: dict[int, NamedRows],
     owners: list[NamedRows | None],
-    new: list[Any],
-) -> Any:
+    new: list[PyTree],
+) -> PyTree:
     """A tree like the state, of what slots begin with in these rows, and of None."""
     leaves, structure = jax.tree.flatten(params, is_leaf=is_none)
     given = [i for i, leaf in enumerate(leaves) if leaf is not None]
 
-    def init(weights: list[Any]) -> optax.OptState:
+    def init(weights: list[jax.Array]) -> optax.OptState:
         filled = dict(zip(given, weights, strict=True))
         every = [filled.get(i) for i in range(len(leaves))]
         return tx.init(jax.tree.unflatten(structure, every))
@@ -137,7 +141,7 @@ def _initial_slots(
     return jax.tree.unflatten(jax.tree.structure(state), slots)
 
 
-def _rows_of(value: Value, table: Table, path: Any) -> Any:
+def _rows_of(value: Value, table: Table, path: KeyPath) -> jax.Array:
     if isinstance(value, Rows) and value.table is not table:
         raise MixesRowsError(
             f"state{keystr(path)} depends on rows of {value.table.name}"

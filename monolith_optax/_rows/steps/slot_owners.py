@@ -1,20 +1,19 @@
 """Which leaves of a state have rows that a caller has named."""
 
-from typing import Any
-
 import jax
 import numpy as np
 import optax
-from jax.tree_util import keystr
+from jax.tree_util import PyTreeDef, keystr
 
 from monolith_optax._rows.steps.named_rows import NamedRows, is_none
 from monolith_optax._rows.steps.state_leaves import UNTOLD, owners
+from monolith_optax._rows.types import KeyPath, PyTree
 
 
 def slot_owners(
     tx: optax.GradientTransformation,
-    params: Any,
-    state: Any,
+    params: PyTree,
+    state: PyTree,
     named: dict[int, NamedRows],
 ) -> list[NamedRows | None]:
     """For each leaf of the state the named rows that it has a part for, or None.
@@ -31,7 +30,7 @@ def slot_owners(
     row_axes = {given.index(i): len(rows.axes) for i, rows in named.items()}
     found = iter(owners(tx, params, state, row_axes))
 
-    def owner(path: Any, leaf: Any) -> NamedRows | None:
+    def owner(path: KeyPath, leaf: PyTree) -> NamedRows | None:
         index = None if leaf is None else next(found)
         if index is None or np.ndim(leaf) == 0:
             return None
@@ -42,6 +41,7 @@ def slot_owners(
                 "their first axes, and no mask or label may depend on the number of "
                 "rows."
             )
+        assert isinstance(index, int)
         return named[given[index]]
 
     return [
@@ -50,9 +50,9 @@ def slot_owners(
     ]
 
 
-def _check_state(state: optax.OptState, shapes: Any) -> None:
-    given: Any = jax.tree.structure(state)
-    expected: Any = jax.tree.structure(shapes)
+def _check_state(state: optax.OptState, shapes: PyTree) -> None:
+    given: PyTreeDef = jax.tree.structure(state)
+    expected: PyTreeDef = jax.tree.structure(shapes)
     if given != expected:
         raise ValueError(
             "The state must be that of the optimizer for these params, but it is "

@@ -1,17 +1,18 @@
 """slot_shardings: the slots of an optimizer are split as their parameters are."""
 
-from typing import Any
-
 import jax
 import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.tree_util import keystr
 
-from monolith_optax._rows.steps.state_leaves import UNTOLD, owners
+from monolith_optax._rows.steps.state_leaves import UNTOLD, Owner, owners
+from monolith_optax._rows.types import ArrayType, KeyPath, PyTree
 
 
-def slot_shardings(tx: optax.GradientTransformation, params: Any, where: Any) -> Any:
+def slot_shardings(
+    tx: optax.GradientTransformation, params: PyTree, where: PyTree
+) -> PyTree:
     """The shardings of an optimizer's state, from those of its parameters.
 
     A slot is split as its parameter is, one with a number for each row along the rows.
@@ -48,7 +49,7 @@ def slot_shardings(tx: optax.GradientTransformation, params: Any, where: Any) ->
     """
     leaves = jax.tree.leaves(params)
     shardings = jax.tree.leaves(_broadcast(where, params))
-    meshes: set[Any] = {getattr(sharding, "mesh", None) for sharding in shardings}
+    meshes: set[PyTree] = {getattr(sharding, "mesh", None) for sharding in shardings}
     if len(meshes) != 1 or None in meshes:
         raise ValueError(
             "where must hold a NamedSharding for each parameter, all of one mesh, but "
@@ -58,7 +59,7 @@ def slot_shardings(tx: optax.GradientTransformation, params: Any, where: Any) ->
     state = jax.eval_shape(tx.init, params)
     paths, structure = jax.tree.flatten_with_path(state)
 
-    def sharding(path: Any, slot: Any, owner: Any) -> Any:
+    def sharding(path: KeyPath, slot: ArrayType, owner: Owner) -> PyTree:
         if owner is UNTOLD and slot.ndim:
             raise ValueError(
                 f"It is not known which parameter state{keystr(path)} of shape "
@@ -86,7 +87,7 @@ def slot_shardings(tx: optax.GradientTransformation, params: Any, where: Any) ->
     )
 
 
-def _broadcast(where: Any, params: Any) -> Any:
+def _broadcast(where: PyTree, params: PyTree) -> PyTree:
     try:
         return jax.tree.broadcast(where, params)
     except ValueError as error:

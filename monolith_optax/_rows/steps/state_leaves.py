@@ -2,18 +2,25 @@
 
 import itertools
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Final, NamedTuple, TypeAlias
 
 import jax
 import numpy as np
 import optax
+from jax.tree_util import PyTreeDef
 
 from monolith_optax._leaves import dtype_of
 from monolith_optax._rows.programs.row_values import MixesRowsError, Rows, Value, Whole
 from monolith_optax._rows.slices.row_access import Table, flattened
+from monolith_optax._rows.types import ArrayType, PyTree
 
-# What `owners` says of a leaf that may have rows of a parameter, or may not.
-UNTOLD = object()
+
+class Untold:
+    """What `owners` says of a leaf that may have rows of a parameter, or may not."""
+
+
+UNTOLD: Final = Untold()
+Owner: TypeAlias = int | Untold | None
 
 
 def check_kind(state: optax.OptState) -> None:
@@ -32,7 +39,7 @@ _HOLDS_BACK = (
     "holds back updates of some steps, and a later step would apply only the rows it "
     "touches: accumulate gradients with monolith_optax.accumulate instead"
 )
-_KINDS: dict[type[Any], str] = {
+_KINDS: dict[type, str] = {
     optax.MultiStepsState: _HOLDS_BACK,
     optax.ApplyEvery: _HOLDS_BACK,
     optax.LookaheadState: _HOLDS_BACK,
@@ -49,7 +56,7 @@ def owners(
     params: optax.Params,
     state: optax.OptState,
     row_axes: Mapping[int, int] | None = None,
-) -> list[Any]:
+) -> list[Owner]:
     """Whose rows each leaf of the state of an optimizer has.
 
     `tx.init` is traced on parameters that have a few rows more, each another number of
@@ -74,13 +81,15 @@ def owners(
     leaves, structure = jax.tree.flatten(params)
     if row_axes is None:
         row_axes = {i: 1 for i, leaf in enumerate(leaves) if np.ndim(leaf)}
-    types = [jax.ShapeDtypeStruct(np.shape(leaf), dtype_of(leaf)) for leaf in leaves]
+    types: list[PyTree] = [
+        jax.ShapeDtypeStruct(np.shape(leaf), dtype_of(leaf)) for leaf in leaves
+    ]
     grown = _with_more_rows(types, row_axes)
     try:
         after = jax.eval_shape(tx.init, jax.tree.unflatten(structure, grown))
     except Exception:  # the init of others may raise any
         after = None
-    given: Any = jax.tree.structure(state)
+    given: PyTreeDef = jax.tree.structure(state)
     if jax.tree.structure(after) != given:
         return _as_optax_says(tx, params, state, row_axes)
     return [
@@ -89,7 +98,9 @@ def owners(
     ]
 
 
-def _with_more_rows(types: list[Any], row_axes: Mapping[int, int]) -> list[Any]:
+def _with_more_rows(
+    types: list[ArrayType], row_axes: Mapping[int, int]
+) -> list[ArrayType]:
     """The types of parameters whose row axes all have different lengths."""
     lengths = {size for each in types for size in each.shape}
 
@@ -108,9 +119,9 @@ def _with_more_rows(types: list[Any], row_axes: Mapping[int, int]) -> list[Any]:
 def _owner(
     before: tuple[int, ...],
     after: tuple[int, ...],
-    grown: list[Any],
+    grown: list[ArrayType],
     row_axes: Mapping[int, int],
-) -> Any:
+) -> Owner:
     if before == after:
         return None
     for i, count in row_axes.items():
@@ -124,12 +135,12 @@ def _as_optax_says(
     params: optax.Params,
     state: optax.OptState,
     row_axes: Mapping[int, int],
-) -> list[Any]:
+) -> list[Owner]:
     indices = jax.tree.unflatten(
         jax.tree.structure(params), range(len(jax.tree.leaves(params)))
     )
 
-    def owner(slot: Any, index: int, param: Any) -> Any:
+    def owner(slot: PyTree, index: int, param: PyTree) -> PyTree:
         if isinstance(slot, optax.MaskedNode):
             return slot
         count = row_axes.get(index, 0)
@@ -161,7 +172,7 @@ class Leaf(NamedTuple):
       is_told: whether it is known so; otherwise the program of the step may tell.
     """
 
-    array: Any
+    array: jax.Array
     name: str
     table: Table | None
     is_told: bool = True
@@ -172,7 +183,7 @@ class Leaf(NamedTuple):
             return Whole(self.array)
         return Rows(self.table.gather_any(self.array), self.table)
 
-    def written(self, new: Value, old: Value) -> Any:
+    def written(self, new: Value, old: Value) -> jax.Array:
         """The leaf after a step that has made one value of another."""
         if new is old:
             return self.array
@@ -188,7 +199,7 @@ class Leaf(NamedTuple):
             raise MixesRowsError(f"{self.name} depends on rows of {value.table.name}")
         return value.at(self.table)
 
-    def all(self, value: Value) -> Any:
+    def all(self, value: Value) -> jax.Array:
         """All of an array, for a leaf that belongs to no table."""
         if isinstance(value, Rows):
             raise MixesRowsError(f"{self.name} depends on rows of {value.table.name}")
