@@ -37,6 +37,11 @@ def pytest_addoption(parser):
         default=1,
         help="take one in N cases of each test with cases",
     )
+    parser.addoption(
+        "--optimize",
+        action="store_true",
+        help="compile programs as users do, with all optimizations",
+    )
 
 
 @pytest.hookimpl(trylast=True)  # what -m leaves out does not count
@@ -54,9 +59,21 @@ def pytest_collection_modifyitems(config, items):
         items[:] = [item for item in items if id(item) not in dropped]
 
 
+def compile_quickly():
+    """Here and in processes that tests start, without optimizing machine code.
+
+    Most of the tests' time is LLVM's. What XLA fuses and copies stays the same.
+    """
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+    jax.config.update("jax_disable_most_optimizations", True)
+
+
 @pytest.hookimpl(tryfirst=True)  # Hypothesis reads the seed in the same hook
 def pytest_configure(config):
     option = config.option
+    for_others = "MONOLITH_OPTAX_COMPILERS" in os.environ
+    if jax.config.jax_platforms == "cpu" and not for_others and not option.optimize:
+        compile_quickly()
     if option.hypothesis_profile == "explore" and option.hypothesis_seed is None:
         option.hypothesis_seed = str(random.randrange(2**32))
 
