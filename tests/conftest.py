@@ -1,5 +1,6 @@
-"""Outside CI, the contracts run only on the samples of the registry."""
+"""Fixtures of many tests; and outside CI, contracts run only on samples."""
 
+import jax
 import pytest
 from registry import ROWS, VARIANTS
 
@@ -17,10 +18,32 @@ IN_FOLDER = {
 }
 
 
+@pytest.fixture
+def float64():
+    """So that tolerances are tight, whatever the order of a sum."""
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture
+def mixed_dtypes():
+    """Some of optax's own optimizers mix dtypes."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.fixture
+def mixed_ranks():
+    """Some optimizers mix ranks."""
+    with jax.numpy_rank_promotion("allow"):
+        yield
+
+
 @pytest.hookimpl(tryfirst=True)  # before `-m` selects
 def pytest_collection_modifyitems(items):
     for item in items:
-        rare = IN_FOLDER.get(item.path.parent.name, set())
+        folders = item.nodeid.split("::")[0].split("/")
+        rare = set().union(*(IN_FOLDER.get(folder, ()) for folder in folders))
         params = item.callspec.params.values() if hasattr(item, "callspec") else ()
         if any(isinstance(x, str) and x in rare for x in params):
             item.add_marker("slow")

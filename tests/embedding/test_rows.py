@@ -45,12 +45,10 @@ def test_nothing_as_large_as_the_table_is_copied(name):
 
 @pytest.mark.parametrize(
     ("name", "rounds", "dtype"),
-    [
-        pytest.param(*case, marks=() if case in SAMPLES else pytest.mark.slow)
-        for case in itertools.product(
-            ["sgd", "adagrad"], [False, True], ["float16", "bfloat16"]
-        )
-    ],
+    sampled(
+        itertools.product(["sgd", "adagrad"], [False, True], ["float16", "bfloat16"]),
+        *SAMPLES,
+    ),
 )
 def test_16_bit_tables_need_no_more_than_a_scatter(name, rounds, dtype):
     inner = VARIANTS[name].make()

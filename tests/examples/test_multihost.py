@@ -23,6 +23,7 @@ import jax
 import multihost_worker as worker
 import numpy as np
 import pytest
+from choosing import sampled
 
 example = worker.example
 
@@ -121,7 +122,7 @@ def off(actual, expected):
     return max(float(np.max(np.abs(a - b))) for a, b in pairs)
 
 
-@pytest.mark.parametrize("dense", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dense", sampled([False, True], False))
 def test_a_scalar_c_is_on_every_device(dense):
     worker.train("compact_c", dense, jax.devices())
 

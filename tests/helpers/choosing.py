@@ -18,10 +18,16 @@ def with_argument(name: str) -> pytest.MarkDecorator:
     return only(lambda variant: variant.takes(name))
 
 
-def sampled(cases: Iterable[str], *sample: str) -> list[Any]:
-    """The cases of a test, of which only CI runs those that are not in the sample."""
+def sampled(cases: Iterable[Any], *sample: Any) -> list[Any]:
+    """The cases of a test, of which only CI runs those that are not in the sample.
+
+    A tuple is a case of several arguments.
+    """
+    cases = list(cases)
     assert {*sample} <= {*cases}
-    return [
-        case if case in sample else pytest.param(case, marks=pytest.mark.slow)
-        for case in cases
-    ]
+    return [case if case in sample else _slow(case) for case in cases]
+
+
+def _slow(case: Any) -> Any:
+    values = case if isinstance(case, tuple) else (case,)
+    return pytest.param(*values, marks=pytest.mark.slow)

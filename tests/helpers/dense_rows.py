@@ -32,33 +32,44 @@ def batches(scale=1.0, dtype="float64", ids=IDS):
         yield {"table": slices, "dense": jnp.asarray(scale * rng.normal(size=2), dtype)}
 
 
+def summed(ids, rows, num_rows):
+    """The dense gradient of a batch, and which rows are in it, by NumPy in float64."""
+    ids, rows = np.asarray(ids), np.asarray(rows, "float64")
+    table = np.zeros((num_rows, *rows.shape[ids.ndim :]))
+    valid = (ids >= 0) & (ids < num_rows)
+    np.add.at(table, ids[valid], rows[valid])
+    return table, np.isin(np.arange(num_rows), ids)
+
+
 def touched(gradients):
     """Which rows of the table are in a batch."""
-    ids = np.asarray(gradients["table"].ids)
-    return np.isin(np.arange(NUM_ROWS), ids)
+    return summed(gradients["table"].ids, gradients["table"].rows, NUM_ROWS)[1]
 
 
-def densely(gradients, dtype="float64"):
-    """The same gradients as arrays, summed by NumPy."""
-    slices = gradients["table"]
-    table = np.zeros((NUM_ROWS, DIM))
-    valid = (np.asarray(slices.ids) >= 0) & (np.asarray(slices.ids) < NUM_ROWS)
-    rows = np.asarray(slices.rows, "float64")
-    np.add.at(table, np.asarray(slices.ids)[valid], rows[valid])
+def densely(gradients, num_rows=NUM_ROWS, dtype="float64"):
+    """The same gradients as arrays."""
+    table, _ = summed(gradients["table"].ids, gradients["table"].rows, num_rows)
     return jax.tree.map(
         lambda x: jnp.asarray(x, dtype), gradients | {"table": jnp.asarray(table)}
     )
 
 
-def put_back(new, old, rows):
-    """A tree of arrays with the untouched rows of those as long as the table."""
+def put_back(new, old, touched, has_rows=None):
+    """A tree of arrays with the old rows where none is touched.
 
-    def leaf(new, old):
-        if jnp.ndim(new) == 0 or len(new) != NUM_ROWS:
+    `has_rows` says by the path which leaves have rows; without it, those do that are as
+    long as the table.
+    """
+
+    def leaf(path, new, old):
+        if jnp.ndim(new) == 0:
             return new
-        return jnp.asarray(np.where(rows.reshape(-1, *[1] * (new.ndim - 1)), new, old))
+        named = has_rows and has_rows(jax.tree_util.keystr(path))
+        if not (named if has_rows else len(new) == len(touched)):
+            return new
+        return jnp.where(touched.reshape(-1, *[1] * (new.ndim - 1)), new, old)
 
-    return jax.tree.map(leaf, new, old)
+    return jax.tree_util.tree_map_with_path(leaf, new, old)
 
 
 def dense_step(inner, gradients, state, params, **extra):

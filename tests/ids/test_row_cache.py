@@ -15,12 +15,12 @@ from all_rows import (
     train_all_rows,
     train_cached,
 )
+from choosing import sampled
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from registry import VARIANTS
 
 from monolith_optax import RowCache, embedding, lazy_rows, uniform_rows
 
-SLOW = pytest.mark.slow
 ROWWISE = {name: v for name, v in VARIANTS.items() if v.row.for_rows}
 # A tenth more than the distinct ids that a batch may have, and row 0.
 SIZES = int(1.1 * BATCH) + 1, int(1.1 * 3 * BATCH) + 1
@@ -38,7 +38,7 @@ def assert_same_losses(ours, theirs):
 
 
 # Other tests take rowwise_adagrad, whose slot is one number for each row.
-SAMPLES = [n if n == "adamom" else pytest.param(n, marks=SLOW) for n in ROWWISE]
+SAMPLES = sampled(ROWWISE, "adamom")
 
 
 @pytest.mark.parametrize("name", SAMPLES)
@@ -66,7 +66,7 @@ def random_ways(seed):
     }
 
 
-FEW = [0, *(pytest.param(seed, marks=SLOW) for seed in range(1, 20))]
+FEW = sampled(range(20), 0)
 
 
 @pytest.mark.parametrize("seed", FEW)

@@ -11,17 +11,16 @@ import numpy as np
 import optax
 import pytest
 from absl.testing import parameterized
-from choosing import only, with_argument
+from choosing import only, sampled, with_argument
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from registry import ROWS, VARIANTS
 
 import monolith_optax
 from monolith_optax import embedding
 
-# For the optax wrappers that mix dtypes themselves.
-STANDARD_PROMOTION = jax.numpy_dtype_promotion("standard")
 FLOATS = ["float16", "bfloat16", "float32", "float64"]
 OTHERS = ["float32", "float64", "float16", "bfloat16"]
+MIXED = [*zip(FLOATS, OTHERS, strict=True)]
 
 
 @pytest.fixture
@@ -214,6 +213,7 @@ def test_hyperparameters_may_be_vmapped(variant, params):
     assert_close(batched, jax.tree.map(lambda *x: jnp.stack(x), *one_by_one))
 
 
+@pytest.mark.usefixtures("mixed_dtypes")
 @with_argument("learning_rate")
 def test_update_is_differentiable(variant, params):
     @jax.jit
@@ -223,8 +223,7 @@ def test_update_is_differentiable(variant, params):
         return optax.tree.norm(optax.apply_updates(params, updates), squared=True)
 
     slope = jax.jit(jax.grad(loss_after_a_step))(0.1)
-    with STANDARD_PROMOTION:
-        finite = (loss_after_a_step(0.11) - loss_after_a_step(0.09)) / 0.02
+    finite = (loss_after_a_step(0.11) - loss_after_a_step(0.09)) / 0.02
     np.testing.assert_allclose(slope, finite, rtol=1e-2)
 
 
@@ -320,10 +319,10 @@ def test_partition(variant, params):
     assert_close(result["mlp"], plain["mlp"])
 
 
+@pytest.mark.usefixtures("mixed_dtypes")
 def test_multi_steps_averages_gradients(variant, params):
     accumulating = optax.MultiSteps(variant.make(), every_k_schedule=2)
-    with STANDARD_PROMOTION:
-        result, _ = run(accumulating, params, steps=2)
+    result, _ = run(accumulating, params, steps=2)
     halves = [gradients(params, seed) for seed in (0, 1)]
     mean = jax.tree.map(lambda a, b: (a + b) / 2, *halves)
     tx = variant.make()
@@ -385,10 +384,7 @@ def test_a_step_is_exported_and_serialized(variant):
 
 @pytest.mark.parametrize(
     ("dtype", "grad_dtype"),
-    [
-        *zip(FLOATS, OTHERS, strict=True),
-        *(pytest.param(f, f, marks=pytest.mark.slow) for f in FLOATS),
-    ],
+    sampled([*MIXED, *zip(FLOATS, FLOATS, strict=True)], *MIXED),
 )
 def test_dtypes_are_stable(variant, params, dtype, grad_dtype):
     with jax.enable_x64("float64" in (dtype, grad_dtype)):
@@ -501,13 +497,13 @@ def test_flatten(variant, params):
     assert_close(run(optax.flatten(variant.make()), params)[0], plain)
 
 
+@pytest.mark.usefixtures("mixed_dtypes")
 def test_complex_parameters_through_optax(variant):
     params = {"w": jnp.array([1 + 2j, 3 - 1j])}
     tx = optax.contrib.split_real_and_imaginary(variant.make())
     halves = {"re": params["w"].real, "im": params["w"].imag}
     grads = {"w": jnp.array([0.5 - 1j, 1 + 1j])}
-    with STANDARD_PROMOTION:
-        updates, _ = jax.jit(tx.update)(grads, tx.init(params), params)
+    updates, _ = jax.jit(tx.update)(grads, tx.init(params), params)
     alone = variant.make()
     half_grads = {"re": grads["w"].real, "im": grads["w"].imag}
     expected, _ = alone.update(half_grads, alone.init(halves), halves)

@@ -10,15 +10,11 @@ from law import check, normal
 
 from monolith_optax import value_and_row_grad
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 N, D = 2003, 4
 # Of a part with 10 rows: twice, from its end, and beyond it on both sides.
 IDS = jnp.array([[3, -1, 3], [10, -12, 0], [9, 2000, 3]], jnp.int32)
-
-
-@pytest.fixture(autouse=True)
-def float64():
-    with jax.enable_x64(True):
-        yield
 
 
 @pytest.fixture

@@ -3,10 +3,13 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from choosing import sampled
 from jax import lax
 from law import check, normal
 
 from monolith_optax import value_and_row_grad
+
+pytestmark = pytest.mark.usefixtures("float64")
 
 N, D = 2003, 4
 # Some twice, from the end, at both ends, and on both sides beyond them.
@@ -109,12 +112,6 @@ LOOKUPS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def float64():
-    with jax.enable_x64(True):
-        yield
-
-
 def loss_of(lookup):
     def loss(params, ids):
         found = lookup(params["t"], ids)
@@ -124,7 +121,7 @@ def loss_of(lookup):
     return loss
 
 
-SLOW = (
+RARE = (
     *("rows on both sides", "last row scaled", "row beyond set"),
     *("small ids", "wide ids", "take, clip", "take, fill 0", "get, drop", "vmap twice"),
     *("vmap, take", "columns backwards", "one-hot rank", "softmax", "activated"),
@@ -134,10 +131,7 @@ SLOW = (
 
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(name, marks=pytest.mark.slow if name in SLOW else [])
-        for name in LOOKUPS
-    ],
+    sampled(LOOKUPS, *(name for name in LOOKUPS if name not in RARE)),
 )
 def test_lookups(name):
     def loss(params, ids):

@@ -24,6 +24,8 @@ from op_by_op import op_by_op
 
 from monolith_optax import value_and_row_grad
 
+pytestmark = pytest.mark.usefixtures("float64", "mixed_dtypes")
+
 CASES = int(os.environ.get("LOSS_FUZZ_CASES", "0"))
 SEED = int(os.environ.get("LOSS_FUZZ_SEED", "0"))
 D = 3
@@ -385,12 +387,6 @@ def on_mesh(rng, loss, params, what):
         params = jax.device_put(params, NamedSharding(mesh, P()))
         ids = jax.device_put(ids, NamedSharding(mesh, P("x")))
         return compare(total, params, ids, what, jax.jit)
-
-
-@pytest.fixture(autouse=True)
-def float64():
-    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
-        yield
 
 
 @pytest.mark.parametrize("with_mesh", [False, True])

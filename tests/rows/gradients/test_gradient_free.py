@@ -9,14 +9,10 @@ from law import check, densified, normal
 
 from monolith_optax import value_and_row_grad
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 N, D = 2003, 4
 IDS = jnp.array([3, -1, 3, 17], jnp.int32)
-
-
-@pytest.fixture(autouse=True)
-def float64():
-    with jax.enable_x64(True):
-        yield
 
 
 @pytest.fixture

@@ -9,14 +9,10 @@ from law import check, normal
 
 from monolith_optax import value_and_row_grad
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 N, D = 7, 3
 IDS = jnp.array([1, 3, 3, 3])
-
-
-@pytest.fixture(autouse=True)
-def float64():
-    with jax.enable_x64(True):
-        yield
 
 
 @pytest.fixture

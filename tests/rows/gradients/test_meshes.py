@@ -15,14 +15,10 @@ from law import check, densified, normal, rows_of
 
 from monolith_optax import psum, value_and_row_grad
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 N, D = 16, 4
 IDS = np.array([[1, -1], [10, 1], [0, 3], [5, 5], [2, 9], [7, 7], [15, 14], [1, 10]])
-
-
-@pytest.fixture(autouse=True)
-def float64():
-    with jax.enable_x64(True):
-        yield
 
 
 @pytest.fixture
@@ -54,12 +50,7 @@ def in_cond(params, ids):
     )
 
 
-LOSSES = [
-    local,
-    pytest.param(in_scan, marks=pytest.mark.slow),
-    pytest.param(in_cond, marks=pytest.mark.slow),
-    pytest.param(jax.checkpoint(local), marks=pytest.mark.slow),
-]
+LOSSES = sampled([local, in_scan, in_cond, jax.checkpoint(local)], local)
 
 
 @pytest.mark.parametrize("loss", LOSSES)

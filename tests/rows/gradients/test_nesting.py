@@ -11,14 +11,10 @@ from law import check, normal
 
 from monolith_optax import value_and_row_grad
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 N, D = 2003, 4
 IDS = jnp.array([[1, -1, 3], [N - 1, 1, 0]], jnp.int32)
-
-
-@pytest.fixture(autouse=True)
-def float64():
-    with jax.enable_x64(True):
-        yield
 
 
 def head(params, found):

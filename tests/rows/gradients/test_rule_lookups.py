@@ -5,20 +5,17 @@ import functools
 import jax
 import jax.numpy as jnp
 import pytest
+from choosing import sampled
 from jax import lax
 from law import check, normal
 
 from monolith_optax import value_and_row_grad
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 N, D = 2003, 4
 # Some twice, from the end, and beyond it: JAX drops their gradient.
 IDS = jnp.array([[1, -1, 7], [N + 5, 1, 0], [N - 1, 7, 1]], jnp.int32)
-
-
-@pytest.fixture(autouse=True)
-def float64():
-    with jax.enable_x64(True):
-        yield
 
 
 def head(rows, w):
@@ -118,15 +115,9 @@ FUNCTIONS = {
 }
 
 
-SAMPLE = ("lookup of an image", "model", "vmap of lookup", "custom_jvp")
-
-
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(name, marks=[] if name in SAMPLE else pytest.mark.slow)
-        for name in FUNCTIONS
-    ],
+    sampled(FUNCTIONS, "lookup of an image", "model", "vmap of lookup", "custom_jvp"),
 )
 def test_the_rule_gives_the_rows(name):
     params = {"t": normal(N, D), "w": normal(D, seed=1)}

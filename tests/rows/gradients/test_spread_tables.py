@@ -1,6 +1,7 @@
 """Tables that are spread over devices: value, gradients and steps of one device."""
 
 import functools
+import itertools
 
 import chex
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from choosing import sampled
 from compiled_programs import copies, sent
 from jax import lax
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
@@ -26,6 +28,8 @@ from monolith_optax import (
 )
 from monolith_optax._rows.slices.exchange import capacity
 
+pytestmark = pytest.mark.usefixtures("float64", "mixed_dtypes")
+
 NUM_ROWS, DIM, BATCH, BAG = 1040, 3, 96, 4
 ONE_AXIS = (8,), ("x",), P("x"), P("x")
 MESHES = {
@@ -36,13 +40,6 @@ MESHES = {
     "replicas": ((2, 4), ("d", "t"), P("t"), P(("d", "t")), AxisType.Auto),
     "both axes": ((2, 4), ("d", "t"), P(("d", "t")), P(("d", "t")), AxisType.Auto),
 }
-SLOW = "explicit", "two", "four", "both axes"
-
-
-@pytest.fixture(autouse=True)
-def float64():
-    with jax.enable_x64(True):
-        yield
 
 
 def batches():
@@ -124,24 +121,14 @@ def check(loss, kind, mesh_name="auto", argument=None):
     return gradients
 
 
-def only_by_default(default, kinds):
-    """The kinds, of which only some run outside CI."""
-    return [
-        kind if kind in default else pytest.param(kind, marks=pytest.mark.slow)
-        for kind in kinds
-    ]
-
-
-@pytest.mark.parametrize(
-    "kind", only_by_default(("even", "one_owner", "repeated"), batches())
-)
+@pytest.mark.parametrize("kind", sampled(batches(), "even", "one_owner", "repeated"))
 def test_value_and_gradients(kind):
     check(loss, kind)
 
 
 @pytest.mark.parametrize("kind", ["even", "one_owner"])
 @pytest.mark.parametrize(
-    "mesh", ["replicas", *(pytest.param(m, marks=pytest.mark.slow) for m in SLOW)]
+    "mesh", sampled(["replicas", "explicit", "two", "four", "both axes"], "replicas")
 )
 def test_meshes(mesh, kind):
     check(loss, kind, mesh)
@@ -238,10 +225,11 @@ CONSTRUCTS = [
 ]
 
 
+@pytest.mark.parametrize("kind", sampled(["out_of_range", "one_owner"], "one_owner"))
 @pytest.mark.parametrize(
-    "kind", only_by_default(["one_owner"], ["out_of_range", "one_owner"])
+    "inside",
+    sampled(CONSTRUCTS, in_scan, in_cond, by_rows_that_were_looked_up, normalised),
 )
-@pytest.mark.parametrize("inside", CONSTRUCTS)
 def test_constructs(inside, kind):
     check(inside, kind)
 
@@ -294,17 +282,16 @@ def steps(tx, tables, on):
 
 @pytest.mark.parametrize(
     ("name", "mesh"),
-    [
-        pytest.param(name, mesh, marks=[] if quick else pytest.mark.slow)
-        for name in OPTIMIZERS
-        for mesh in ("two", "four", "auto", "explicit", "replicas")
-        for quick in [(name, mesh) in (("rowwise_adagrad", "auto"), ("adam", "auto"))]
-    ],
+    sampled(
+        itertools.product(OPTIMIZERS, ["two", "four", "auto", "explicit", "replicas"]),
+        ("rowwise_adagrad", "auto"),
+        ("adam", "auto"),
+    ),
 )
 def test_steps_are_those_of_one_device(name, mesh):
     tx = lazy_rows(OPTIMIZERS[name]())
     context, tables = on_mesh(mesh)
-    with jax.set_mesh(context), jax.numpy_dtype_promotion("standard"):
+    with jax.set_mesh(context):
         on = lambda *trees: on_mesh(mesh, *trees)[2:]  # noqa: E731
         for kind, expected_fit, gradients, actual, expected in steps(tx, tables, on):
             assert fits(gradients) is (expected_fit or mesh == "two"), kind
@@ -441,7 +428,7 @@ def stacked(kind):
 
 
 @pytest.mark.parametrize(
-    "kind", only_by_default(["negative"], ["even", "negative", "out_of_range"])
+    "kind", sampled(["even", "negative", "out_of_range"], "negative")
 )
 def test_stacks(kind):
     loss, spec, (stacks, bags), placed, fit = stacked(kind)

@@ -10,12 +10,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 from monolith_optax import RowSlices, lazy_rows
 
-
-@pytest.fixture(autouse=True)
-def wide():
-    """64 bits, and dtypes may meet."""
-    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
-        yield
+pytestmark = pytest.mark.usefixtures("float64", "mixed_dtypes")
 
 
 def number(x):

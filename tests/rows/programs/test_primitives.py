@@ -13,12 +13,7 @@ from monolith_optax._rows.programs.row_values import Rows
 from monolith_optax._rows.programs.run_on_rows import Runner
 from monolith_optax._rows.slices.row_access import Table
 
-
-@pytest.fixture(autouse=True)
-def wide():
-    """64 bits, and dtypes may meet."""
-    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
-        yield
+pytestmark = pytest.mark.usefixtures("float64", "mixed_dtypes")
 
 
 RUN = jaxprs.CALLS | jaxprs.CUSTOM_DERIVATIVES | {"cond"}

@@ -23,12 +23,7 @@ from dense_rows import (
 
 from monolith_optax import RowSlices, lazy_rows
 
-
-@pytest.fixture(autouse=True)
-def wide():
-    """64 bits; and some of optax's own optimizers mix dtypes."""
-    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
-        yield
+pytestmark = pytest.mark.usefixtures("float64", "mixed_dtypes")
 
 
 REDUCTIONS = {

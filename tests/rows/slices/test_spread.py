@@ -1,6 +1,7 @@
 """Slices of tables whose rows are spread over devices, in every operation on them."""
 
 import functools
+import itertools
 import pickle
 
 import chex
@@ -9,12 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from choosing import sampled
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from monolith_optax import RowSlices, adamom, global_norm, lazy_rows, psum
 from monolith_optax._rows.slices.spread import Spread
 from monolith_optax._rows.slices.spread_lookups import look_up, send
+
+pytestmark = pytest.mark.usefixtures("float64")
 
 NUM_ROWS, DIM = 1024, 3
 KINDS = {
@@ -27,12 +31,6 @@ KINDS = {
 # An odd number of ids, which no number of devices divides; 48 of 8 devices spill if
 # they all have one owner.
 BATCHES = {"fits": (33, NUM_ROWS, False), "spills": (384, 128, True)}
-
-
-@pytest.fixture(autouse=True)
-def float64():
-    with jax.enable_x64(True):
-        yield
 
 
 def mesh_of(kind):
@@ -72,12 +70,9 @@ def dense(ids, gradients):
     return total
 
 
-ALL = [
-    pytest.param(kind, name, marks=[] if kind in ("auto", "replicas") else [SLOW])
-    for SLOW in [pytest.mark.slow]
-    for kind in KINDS
-    for name in BATCHES
-]
+ALL = sampled(
+    itertools.product(KINDS, BATCHES), ("auto", "fits"), ("replicas", "spills")
+)
 
 
 @pytest.mark.parametrize(("kind", "name"), ALL)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from choosing import sampled
 from jax.sharding import NamedSharding, PartitionSpec
 from registry import VARIANTS
 
@@ -20,7 +21,7 @@ from monolith_optax import (
 )
 
 SIZES = {"a": (7, 3), "b": {"c": (2, 3), "d": (5, 2)}, "e": (1, 3)}
-SHARDS = [1, 2, 4]
+SHARDS = sampled([1, 2, 4], 1, 4)
 SAMPLES = "adamom", "rowwise_adagrad"
 
 
@@ -107,11 +108,7 @@ def test_ids_of_rows(shards):
 @pytest.mark.parametrize("shards", [1, 2])
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(name, marks=() if name in SAMPLES else pytest.mark.slow)
-        for name, variant in VARIANTS.items()
-        if variant.row.for_rows
-    ],
+    sampled((name for name, v in VARIANTS.items() if v.row.for_rows), *SAMPLES),
 )
 def test_steps_on_a_stack_are_steps_on_its_tables(name, shards):
     assert_steps_agree(VARIANTS[name].make(), shards)

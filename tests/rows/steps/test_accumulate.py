@@ -65,14 +65,14 @@ def test_auxiliary_output_and_keys(params):
     np.testing.assert_allclose(value, np.mean(np.multiply(noise, parts)), rtol=1e-6)
 
 
+@pytest.mark.usefixtures("mixed_dtypes")
 def test_dense_gradients_are_there_once_and_not_once_for_each_part():
     def product(params, x):
         return (params["kernel"] * x.sum()).sum() + params["table"][0, x].sum()
 
     params = {"kernel": jnp.ones((1000, 100)), "table": jnp.ones((1, 9))}
     grad = accumulate(value_and_row_grad(product), 8)
-    with jax.numpy_dtype_promotion("standard"):
-        compiled = jax.jit(grad).lower(params, jnp.ones(8, jnp.int32)).compile()
+    compiled = jax.jit(grad).lower(params, jnp.ones(8, jnp.int32)).compile()
     temporaries = compiled.memory_analysis().temp_size_in_bytes
     assert temporaries < 4 * params["kernel"].nbytes  # stacked they would be 8
 

@@ -17,6 +17,7 @@ import numpy as np
 import optax
 import pytest
 from chains import PIECES, WRAPPERS
+from dense_rows import put_back
 from registry import VARIANTS
 
 from monolith_optax import RowSlices, apply_updates, global_norm, lazy_rows
@@ -29,14 +30,7 @@ SHAPES = [  # rows of the table (not 2, as the dense leaf has), of the ids, of a
     (7, (4,), (2, 2)), (40, (12,), (1,)),
 ]  # fmt: skip
 
-pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(autouse=True)
-def wide():
-    """64 bits; and some of optax's own optimizers mix dtypes."""
-    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
-        yield
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("float64", "mixed_dtypes")]
 
 
 def some_ids(rng, count, shape, num_rows):
@@ -66,7 +60,7 @@ def some_rows(rng, ids, row_shape, num_rows, most=4, powers=(-20, 4)):
 
 
 def summed(ids, rows, num_rows):
-    """The dense gradient: a product with a matrix of zeros and ones."""
+    """The dense gradient: sums over a matrix of zeros and ones, which vmap takes."""
     hits = ids.reshape(-1, 1) == jnp.arange(num_rows)[None]
     valid = hits.any(axis=1)
     row_shape = rows.shape[ids.ndim :]
@@ -94,14 +88,6 @@ def difference(actual, expected):
 def steps_differ(inner, num_rows):
     """How much lazy steps differ from dense ones whose other rows are put back."""
     lazy, dense = lazy_rows(inner), optax.with_extra_args_support(inner)
-
-    def put_back(new, old, hit):
-        def leaf(new, old):
-            if jnp.ndim(new) == 0 or len(new) != num_rows:
-                return new
-            return jnp.where(hit.reshape(-1, *[1] * (new.ndim - 1)), new, old)
-
-        return jax.tree.map(leaf, new, old)
 
     def run(params, ids, rows, others):
         ours, state = params, lazy.init(params)

@@ -17,26 +17,18 @@ import numpy as np
 import optax
 import pytest
 from chains import PIECES, WRAPPERS
+from dense_rows import put_back, summed
 from op_by_op import op_by_op
 
 from monolith_optax import RowSlices, lazy_rows
+
+pytestmark = pytest.mark.usefixtures("float64", "mixed_dtypes", "mixed_ranks")
 
 CASES = int(os.environ.get("FUZZ_OPTIMIZERS", "12"))
 SEED = int(os.environ.get("FUZZ_SEED", "0"))
 # Rows and columns: ordinary, square, a batch as long as the table, one row.
 SHAPES = [(9, 3), (3, 3), (4, 3), (1, 2), (5, 1)]
 BATCH = 4
-
-
-@pytest.fixture(autouse=True)
-def wide():
-    """64 bits; and some of optax's own optimizers mix dtypes."""
-    with (
-        jax.enable_x64(True),
-        jax.numpy_dtype_promotion("standard"),
-        jax.numpy_rank_promotion("allow"),
-    ):
-        yield
 
 
 # Each is applied to arrays of shape (N, D); `x` of another shape is broadcast.
@@ -183,30 +175,17 @@ def gradients(rng, num_rows, columns):
     ids = rng.integers(-1, num_rows + 1, BATCH).astype(np.int32)
     rows = rng.normal(size=(BATCH, columns))
     rows[(ids < 0) | (ids >= num_rows)] = np.nan
-    table = np.zeros((num_rows, columns))
-    valid = (ids >= 0) & (ids < num_rows)
-    np.add.at(table, ids[valid], rows[valid])
+    table, touched = summed(ids, rows, num_rows)
     dense = jnp.asarray(rng.normal(size=2))
     slices = RowSlices(jnp.asarray(ids), jnp.asarray(rows))
-    touched = np.isin(np.arange(num_rows), ids)
     return {"table": slices, "dense": dense}, {
         "table": jnp.asarray(table), "dense": dense,
     }, touched  # fmt: skip
 
 
-def put_back(new, old, touched):
-    """Untouched rows of the table and of its slots, which are told by their names."""
-
-    def leaf(path, new, old):
-        name = jax.tree_util.keystr(path)
-        if not ("table" in name or any(slot in name for slot in SLOTS[:3])):
-            return new
-        if jnp.ndim(new) == 0:
-            return new
-        rows = touched.reshape(-1, *[1] * (jnp.ndim(new) - 1))
-        return jnp.where(rows, new, old)
-
-    return jax.tree_util.tree_map_with_path(leaf, new, old)
+def has_rows(path):
+    """Slots are identified by their names, as other arrays may be as long."""
+    return "table" in path or any(slot in path for slot in SLOTS[:3])
 
 
 def compare(inner, rng, num_rows, columns):
@@ -225,8 +204,8 @@ def compare(inner, rng, num_rows, columns):
         updates, state = theirs_update(as_arrays, theirs[1], theirs[0])
         moved = optax.apply_updates(theirs[0], updates)
         theirs = (
-            put_back(moved, theirs[0], touched),
-            put_back(state, theirs[1], touched),
+            put_back(moved, theirs[0], touched, has_rows),
+            put_back(state, theirs[1], touched, has_rows),
         )
     for actual, expected in zip(
         jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True

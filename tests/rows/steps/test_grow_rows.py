@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from choosing import sampled
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from registry import VARIANTS
 
@@ -18,13 +19,11 @@ from monolith_optax import (
     value_and_row_grad,
 )
 
+pytestmark = pytest.mark.usefixtures("mixed_dtypes")
+
 SAMPLES = "adamom", "rowwise_adagrad"
 OLD, NEW, DIM = 5, 8, 3
-BY_NAME = [
-    pytest.param(name, marks=() if name in SAMPLES else pytest.mark.slow)
-    for name, variant in VARIANTS.items()
-    if variant.row.for_rows
-]
+BY_NAME = sampled((name for name, v in VARIANTS.items() if v.row.for_rows), *SAMPLES)
 
 
 def label(params):
@@ -38,13 +37,6 @@ WRAPPED = {
         {"rows": lazy_rows(tx), "rest": optax.adam(0.1)}, label
     ),
 }
-
-
-@pytest.fixture(autouse=True)
-def standard_promotion():
-    """Some of optax's own optimizers mix dtypes."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
 
 
 def trained(tx, params):

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from choosing import sampled
+from dense_rows import densely
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -21,8 +22,9 @@ from monolith_optax import (
     value_and_row_grad,
 )
 
+pytestmark = pytest.mark.usefixtures("mixed_dtypes")
+
 NUM_ROWS, DIM = 12, 3
-SLOW = pytest.mark.slow
 PADDING = [-1, -7, NUM_ROWS, NUM_ROWS + 1000]
 
 ELEMENTWISE = {
@@ -44,13 +46,6 @@ ELEMENTWISE = {
 }
 
 
-@pytest.fixture(autouse=True)
-def standard_promotion():
-    """Some of optax's own optimizers mix dtypes."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
-
-
 @pytest.fixture
 def params():
     rng = np.random.default_rng(1)
@@ -70,15 +65,7 @@ def batch(ids, seed=0, dtype=np.float32):
 
 
 def to_dense(gradients):
-    """The same gradients as arrays, summed by NumPy."""
-    slices = jax.device_get(gradients["table"])
-    table = np.zeros((NUM_ROWS, DIM), slices.rows.dtype)
-    for row_id, row in zip(
-        slices.ids.ravel(), slices.rows.reshape(-1, DIM), strict=True
-    ):
-        if 0 <= row_id < NUM_ROWS:
-            table[row_id] += row
-    return gradients | {"table": jnp.asarray(table)}
+    return densely(gradients, NUM_ROWS, gradients["table"].rows.dtype)
 
 
 def run(tx, params, batches):
@@ -228,7 +215,7 @@ def test_norms_count_neither_padding_nor_duplicates_twice():
 
 @pytest.mark.parametrize(
     "id_dtype",
-    ["int32", *(pytest.param(x, marks=SLOW) for x in ("int8", "uint32", "int64"))],
+    sampled(["int32", "int8", "uint32", "int64"], "int32"),
 )
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_dtypes(params, dtype, id_dtype):

@@ -13,6 +13,8 @@ from registry import VARIANTS
 
 from monolith_optax import lazy_rows
 
+pytestmark = pytest.mark.usefixtures("float64", "mixed_dtypes")
+
 ACCEPTED = {
     "sgd": lambda: optax.sgd(0.1),
     "momentum": lambda: optax.sgd(0.1, momentum=0.9),
@@ -75,13 +77,6 @@ AROUND = {
     "injected": injected,
     "apply_if_finite": lambda tx: optax.apply_if_finite(tx, 3),
 }
-
-
-@pytest.fixture(autouse=True)
-def wide():
-    """64 bits; and some of optax's own optimizers mix dtypes."""
-    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
-        yield
 
 
 COMMON = ["adam", "adagrad", "rmsprop_centered", "novograd"]

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from choosing import sampled
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from registry import VARIANTS
 
@@ -19,6 +20,8 @@ from monolith_optax import (
     stochastic_rounding,
     write_rows,
 )
+
+pytestmark = pytest.mark.usefixtures("mixed_dtypes")
 
 NUM_ROWS, DIM = 50, 3
 ROWS = np.array([40, 3, -1, NUM_ROWS, 0, 3])
@@ -93,20 +96,9 @@ def assert_reads_and_writes(tx):
         assert new.dtype == old.dtype
 
 
-@pytest.fixture(autouse=True)
-def standard_promotion():
-    """Some of optax's own optimizers mix dtypes."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
-
-
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(name, marks=() if name in SAMPLES else pytest.mark.slow)
-        for name, variant in VARIANTS.items()
-        if variant.row.for_rows
-    ],
+    sampled((name for name, v in VARIANTS.items() if v.row.for_rows), *SAMPLES),
 )
 def test_every_optimizer(name):
     assert_reads_and_writes(VARIANTS[name].make())

@@ -20,6 +20,8 @@ from monolith_optax import (
     reset_rows,
 )
 
+pytestmark = pytest.mark.usefixtures("mixed_dtypes")
+
 ROWS = [40, 3, -1, NUM_ROWS, 0, -(2**31), 7]
 RESET = np.isin(np.arange(NUM_ROWS), [40, 3, 0, 7])
 
@@ -102,13 +104,6 @@ def assert_reset(tx):
     ):
         assert new.dtype == wanted.dtype
         np.testing.assert_array_equal(new, wanted)
-
-
-@pytest.fixture(autouse=True)
-def standard_promotion():
-    """Some of optax's own optimizers mix dtypes."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
 
 
 @pytest.mark.parametrize(

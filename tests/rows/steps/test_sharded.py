@@ -8,9 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from choosing import sampled
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from monolith_optax import RowSlices, adamom, lazy_rows, rmsprop, value_and_row_grad
+
+pytestmark = pytest.mark.usefixtures("float64")
 
 NUM_ROWS, DIM, BATCH = 64, 4, 16
 MESHES = {
@@ -49,13 +52,6 @@ def train(tx, params, users, pairs, *, jit=True, steps=3):
     return params, state, value
 
 
-@pytest.fixture(autouse=True)
-def float64():
-    """So that another order of summing does not matter."""
-    with jax.enable_x64(True):
-        yield
-
-
 @pytest.fixture
 def data():
     rng = np.random.default_rng(0)
@@ -74,13 +70,14 @@ def data():
 
 @pytest.mark.parametrize(
     ("make", "mesh_name", "batch_spec"),
-    [
+    sampled(
+        [
+            (adamom, "rows", PartitionSpec("x")),
+            (rmsprop, "rows", PartitionSpec()),
+            (adamom, "rows_and_columns", PartitionSpec("x")),
+        ],
         (adamom, "rows", PartitionSpec("x")),
-        pytest.param(rmsprop, "rows", PartitionSpec(), marks=pytest.mark.slow),
-        pytest.param(
-            *(adamom, "rows_and_columns", PartitionSpec("x")), marks=pytest.mark.slow
-        ),
-    ],
+    ),
 )
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 def test_eight_devices_are_as_one(data, make, mesh_name, batch_spec, axis_type):

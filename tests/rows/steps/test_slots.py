@@ -16,12 +16,7 @@ from dense_rows import (
 
 from monolith_optax import RowSlices, lazy_rows
 
-
-@pytest.fixture(autouse=True)
-def wide():
-    """64 bits."""
-    with jax.enable_x64(True):
-        yield
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def from_shape(params):

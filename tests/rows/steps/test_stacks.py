@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from choosing import sampled
 from law import check, normal
 
 from monolith_optax import (
@@ -17,19 +18,10 @@ from monolith_optax import (
     value_and_row_grad,
 )
 
+pytestmark = pytest.mark.usefixtures("float64", "mixed_dtypes", "mixed_ranks")
+
 T, N, D = 3, 2003, 4
 IDS = jnp.array([[1, 5, 1], [0, N - 1, 7], [7, 2, 2]], jnp.int32)
-
-
-@pytest.fixture(autouse=True)
-def float64():
-    """64 bits; and dtypes and ranks may meet, as in others' optimizers."""
-    with (
-        jax.enable_x64(True),
-        jax.numpy_dtype_promotion("standard"),
-        jax.numpy_rank_promotion("allow"),
-    ):
-        yield
 
 
 def loss(params, ids):
@@ -152,13 +144,7 @@ FAST = ("adamom", "clipped", "constant mask", "rates of columns", "rates of rows
 FAST += ("apply_if_finite", "relu", "matmul", "column norms")
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=[] if name in FAST else pytest.mark.slow)
-        for name in OPTIMIZERS
-    ],
-)
+@pytest.mark.parametrize("name", sampled(OPTIMIZERS, *FAST))
 def test_a_lazy_step_on_a_stack_is_the_dense_one_on_its_rows(name):
     """Rows that a step looks up move as they do in a dense first step, others stay."""
     inner = OPTIMIZERS[name]()
