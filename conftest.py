@@ -71,8 +71,7 @@ def compile_quickly():
 @pytest.hookimpl(tryfirst=True)  # Hypothesis reads the seed in the same hook
 def pytest_configure(config):
     option = config.option
-    for_others = "MONOLITH_OPTAX_COMPILERS" in os.environ
-    if jax.config.jax_platforms == "cpu" and not for_others and not option.optimize:
+    if option.markexpr == "not slow" and not option.optimize:
         compile_quickly()
     if option.hypothesis_profile == "explore" and option.hypothesis_seed is None:
         option.hypothesis_seed = str(random.randrange(2**32))
