@@ -116,7 +116,6 @@ def restack(
     Example:
       >>> import jax.numpy as jnp
       >>> import optax
-    from jax.typing import ArrayLike
       >>> from monolith_optax import TableStack, restack
       >>> tables = {"item": jnp.ones((2, 1)), "user": jnp.ones((1, 1))}
       >>> old, tx = TableStack(tables), optax.adam(0.1)
