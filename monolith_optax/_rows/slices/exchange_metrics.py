@@ -54,13 +54,14 @@ def exchange_metrics(gradients: PyTree) -> dict[str, ExchangeMetrics]:
     Example:
       >>> import jax
       >>> import jax.numpy as jnp
-      >>> from jax.sharding import NamedSharding, PartitionSpec
+      >>> from jax.sharding import AxisType, NamedSharding, PartitionSpec
       >>> from monolith_optax import exchange_metrics, value_and_row_grad
-      >>> mesh = jax.make_mesh((2,), ("x",), devices=jax.devices()[:2])
+      >>> two = jax.devices()[:2]
+      >>> mesh = jax.make_mesh((2,), ("x",), (AxisType.Auto,), devices=two)
       >>> rows = NamedSharding(mesh, PartitionSpec("x"))
       >>> params = {"items": jax.device_put(jnp.ones((8, 2)), rows)}
       >>> def loss(params, ids):
-      ...     return params["items"].at[ids].get(out_sharding=rows).sum()
+      ...     return params["items"][ids].sum()
       >>> def step(params, ids):
       ...     grad = value_and_row_grad(loss, {"items": rows})
       ...     return exchange_metrics(grad(params, ids)[1])
