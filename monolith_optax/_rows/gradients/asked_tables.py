@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from monolith_optax._rows.slices.exchange import Axes
+from monolith_optax._rows.slices.exchange import Axes, axes_of_rows
 from monolith_optax._rows.slices.exchange_cost import exchange_of, in_bytes
 from monolith_optax._rows.slices.spread import Spread
 from monolith_optax._rows.types import PyTree
@@ -108,13 +108,12 @@ def _axis(name: str, value: PyTree, leaf: PyTree) -> Axis | None:
     given = value.mesh if isinstance(value, NamedSharding) else None
     spec = value.spec if isinstance(value, NamedSharding) else value
     mesh = _mesh(name, given, leaf)
-    first, *others = [*spec] or [None]
-    if any(each is not None for each in others):
+    if any(each is not None for each in spec[1:]):
         raise ValueError(
             f"tables says {spec} for {name}, but only rows can be spread: give an axis "
             "for the first dimension only."
         )
-    axes = first if isinstance(first, tuple) else () if first is None else (first,)
+    axes = axes_of_rows(spec)
     _check_type(name, spec, axes, leaf)
     if not axes:
         return None
@@ -158,9 +157,8 @@ def _check_type(name: str, spec: Any, axes: Axes, leaf: PyTree) -> None:
     sharding = jax.typeof(leaf).sharding
     if AxisType.Explicit not in sharding.mesh.axis_types:
         return
-    first, *others = [*sharding.spec] or [None]
-    its = first if isinstance(first, tuple) else () if first is None else (first,)
-    if its != axes or any(each is not None for each in others):
+    others = sharding.spec[1:]
+    if axes_of_rows(sharding.spec) != axes or any(each is not None for each in others):
         raise ValueError(
             f"tables says {spec} for {name}, but its type says {sharding.spec}. They "
             "must be the same."

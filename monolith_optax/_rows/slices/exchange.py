@@ -16,11 +16,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 
 from monolith_optax._rows.slices.duplicates import LAST_ID, distinct_ids, sum_rows
 
 Axes = tuple[str, ...]
+
+
+def axes_of_rows(spec: PartitionSpec) -> Axes:
+    """The mesh axes over which a spec splits the first dimension."""
+    first = spec[0] if len(spec) else None
+    return first if isinstance(first, tuple) else () if first is None else (first,)
+
 
 # The id of an empty place in a buffer.
 NOBODY = np.int32(-1)

@@ -10,6 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jax.tree_util import keystr
 
 from monolith_optax._public import public
+from monolith_optax._rows.slices.exchange import axes_of_rows
 from monolith_optax._rows.slices.exchange_cost import exchange_of, in_bytes
 from monolith_optax._rows.steps.slot_shardings import slot_shardings
 from monolith_optax._rows.steps.state_leaves import owners
@@ -152,10 +153,9 @@ def plan_tables(
 
 
 def _axes(spread: NamedSharding) -> tuple[str, ...]:
-    first = spread.spec[0] if len(spread.spec) else None
-    if first is None:
+    if not (axes := axes_of_rows(spread.spec)):
         raise ValueError(f"spread must split rows over mesh axes, but it is {spread}.")
-    return first if isinstance(first, tuple) else (first,)
+    return axes
 
 
 def _check_rows(name: str, leaf: PyTree, number: int) -> None:
