@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.measure import Case, interleave
+from benchmarks.measure import Case, Side, interleave
 
 SIZES = tuple(int(size) for size in np.geomspace(10, 5_000_000, 26))
 
@@ -56,7 +56,7 @@ def compare(length: float | None, quick: bool) -> list[Case]:
     }
     for title, losses in first.items():
         np.testing.assert_allclose(losses, first["ours"], 1e-5, err_msg=title)
-    by_title = {title: step.sides() for title, step in steps.items()}
+    by_title = {title: sides_of(step) for title, step in steps.items()}
     parts = list(by_title["ours"])
     sides = {
         f"{part}, {title}": by_title[title][part] for part in parts for title in steps
@@ -72,3 +72,13 @@ def compare(length: float | None, quick: bool) -> list[Case]:
         )
         for part in parts
     ]
+
+
+def sides_of(step: Any) -> dict[str, Side]:
+    """The whole step and its parts."""
+    return {
+        "whole step": step.whole,
+        "lookups": step.only_lookups,
+        "MLPs": step.only_mlps,
+        "update": step.only_update,
+    }

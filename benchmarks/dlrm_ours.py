@@ -15,7 +15,6 @@ import numpy as np
 import optax
 
 from benchmarks.dlrm_data import RATE, START, TABLE_RATE, Batch, Job, loss
-from benchmarks.measure import Side
 from monolith_optax import (
     TableStack,
     apply_updates,
@@ -142,15 +141,6 @@ class Ours:
         *carry, value = self.whole_step(*self.carry, next(self.stream))
         self.carry = tuple(carry)
         return float(value)
-
-    def sides(self) -> dict[str, Side]:
-        """The whole step and its parts."""
-        return {
-            "whole step": self.whole,
-            "lookups": self.only_lookups,
-            "MLPs": self.only_mlps,
-            "update": self.only_update,
-        }
 
     def whole(self) -> Callable[[], object]:
         """A step of training."""

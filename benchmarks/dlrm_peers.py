@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 
 from benchmarks.dlrm_data import RATE, START, TABLE_RATE, Batch, Job, pairs
-from benchmarks.measure import Side
 
 
 class Peer:
@@ -67,15 +66,6 @@ class Peer:
             x = self.torch.addmm(bias, x, matrix)
             x = self.torch.relu(x) if i < len(layers) - 1 else x
         return x
-
-    def sides(self) -> dict[str, Side]:
-        """The whole step and its parts."""
-        return {
-            "whole step": self.whole,
-            "lookups": self.only_lookups,
-            "MLPs": self.only_mlps,
-            "update": self.only_update,
-        }
 
     def whole_step(self, ids: Any, *others: Any) -> Any:
         """Takes a step and returns its loss."""
