@@ -8,7 +8,6 @@ split by rows and left to JAX, and on one that is spread. The sides take turns.
 import argparse
 import os
 import statistics
-from typing import Any
 
 # Read when JAX is first imported.
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
@@ -16,41 +15,22 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from benchmarks.measure import interleave, machine
-from benchmarks.steps import Step
-from monolith_optax import lazy_rows, slot_shardings, value_and_row_grad
+from benchmarks.stacks import WholeStep
 
 DEVICES, DIM, IDS_OF_DEVICE = 8, 32, 1_536
 TITLES = "whole on each device", "split by rows", "spread"
 
 
-class MeshStep(Step):
-    """A step from ids to a new table, jitted and donated."""
-
-    def __init__(self, table: jax.Array, ids: jax.Array, tables: Any) -> None:
-        """Starts with a copy of the table, where that is."""
-        tx = lazy_rows(optax.adagrad(0.1))
-
-        def loss(table: jax.Array, ids: jax.Array) -> jax.Array:
-            return jnp.mean((table[ids].sum(-1) - 1) ** 2)
-
-        def step(table: jax.Array, state: Any, ids: jax.Array) -> tuple[Any, Any]:
-            _, gradient = value_and_row_grad(loss, tables)(table, ids)
-            updates, state = tx.update(gradient, state, table)
-            return optax.apply_updates(table, updates), state
-
-        self.gradients = ids  # what the step takes beside its carry
-        places = table.sharding, slot_shardings(tx, table, table.sharding)
-        state = jax.jit(tx.init, out_shardings=places[1])(table)
-        self.carry = jax.block_until_ready((jnp.copy(table), state))
-        self.jitted = jax.jit(step, donate_argnums=(0, 1), out_shardings=places)
+def loss(table: jax.Array, ids: jax.Array) -> jax.Array:
+    """That of a model without other parameters."""
+    return jnp.mean((table[ids].sum(-1) - 1) ** 2)
 
 
-def steps(rows: int, owners: int) -> dict[str, Step]:
+def steps(rows: int, owners: int) -> dict[str, WholeStep]:
     """A step of each side, whose ids belong to the first owners."""
     mesh = jax.make_mesh((DEVICES,), ("x",), axis_types=(AxisType.Auto,))
     by_rows, whole = (NamedSharding(mesh, spec) for spec in (P("x"), P()))
@@ -61,7 +41,7 @@ def steps(rows: int, owners: int) -> dict[str, Step]:
     batch = jax.device_put(ids, by_rows)
     sides = zip(TITLES, (whole, by_rows, by_rows), (True, True, P("x")), strict=True)
     return {
-        title: MeshStep(jax.device_put(table, where), batch, tables)
+        title: WholeStep(loss, jax.device_put(table, where), batch, tables, where)
         for title, where, tables in sides
     }
 

@@ -19,7 +19,7 @@ import optax
 from benchmarks.first_call import first_call
 from benchmarks.measure import Side, interleave, machine
 from benchmarks.steps import Step
-from monolith_optax import TableStack, lazy_rows, value_and_row_grad
+from monolith_optax import TableStack, lazy_rows, slot_shardings, value_and_row_grad
 
 NUM_TABLES, DIM = 26, 16
 
@@ -29,19 +29,24 @@ Loss = Callable[[Any, Any], jax.Array]
 class WholeStep(Step):
     """A step from ids to new tables, jitted and donated."""
 
-    def __init__(self, loss: Loss, params: Any, ids: Any) -> None:
-        """Starts with copies of the tables."""
+    def __init__(
+        self, loss: Loss, params: Any, ids: Any, tables: Any = None, where: Any = None
+    ) -> None:
+        """Starts with copies of the tables; `where` is their shardings on a mesh."""
         tx = lazy_rows(optax.adagrad(0.1))
 
         def step(params: Any, state: Any, ids: Any) -> tuple[Any, Any]:
-            _, gradients = value_and_row_grad(loss)(params, ids)
+            _, gradients = value_and_row_grad(loss, tables)(params, ids)
             updates, state = tx.update(gradients, state, params)
             return optax.apply_updates(params, updates), state
 
         params = jax.tree.map(jnp.copy, params)
         self.gradients = ids  # what the step takes beside its carry
-        self.carry = jax.block_until_ready((params, jax.jit(tx.init)(params)))
-        self.jitted = jax.jit(step, donate_argnums=(0, 1))
+        slots = None if where is None else slot_shardings(tx, params, where)
+        state = jax.jit(tx.init, out_shardings=slots)(params)
+        self.carry = jax.block_until_ready((params, state))
+        places = None if where is None else (where, slots)
+        self.jitted = jax.jit(step, donate_argnums=(0, 1), out_shardings=places)
 
 
 def sides(rows: int, num_ids: int) -> dict[str, Callable[[], WholeStep]]:
