@@ -54,11 +54,6 @@ class TcpConnector:
     async def __aexit__(self, *exc_info: object) -> None:
         await self._own_lookup.__aexit__(*exc_info)
 
-    @property
-    def takes_steps(self) -> bool:
-        """Whether connecting is `look_up` and `connect`: a subclass may differ."""
-        return type(self).__call__ is TcpConnector.__call__
-
     async def prepare(self) -> None:
         """Starts what looks up names, so that its start counts in no timeout."""
         if self._lookup is self._own_lookup:

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 from monolith_optax._public import public
 from monolith_optax.net._address import Address, parse_address
-from monolith_optax.net._connect import Connector, TcpConnector
 from monolith_optax.net._names import SocketAddress, numeric_addresses
 from monolith_optax.net._reason import Reason, reason_of
+from monolith_optax.net._steps import Steps
 
 
 @public("monolith_optax.net")
@@ -81,23 +81,19 @@ def status_of(
 async def probe(
     given: Any,
     address: Address,
-    connector: Connector,
+    steps: Steps,
     timeout: float,
     sockets: asyncio.Semaphore,
 ) -> NodeStatus:
     """Probes a node; `timeout` covers name lookup and connecting together."""
     clock = asyncio.get_running_loop().time
     start = clock()
-    looking_up = False
+    looking_up = True
     try:
         async with _patient_timeout(timeout):
-            if isinstance(connector, TcpConnector) and connector.takes_steps:
-                looking_up = True
-                found = await connector.look_up(address.host)
-                looking_up = False
-                await connector.connect(address, found, start + timeout, sockets)
-            else:
-                await connector(*address)
+            found = await steps.look_up(address.host)
+            looking_up = False
+            await steps.connect(address, found, start + timeout, sockets)
     except OSError as error:
         if looking_up and isinstance(error, TimeoutError):
             words = f"no answer from a name server within {max(timeout, 0):.3g} s"

@@ -1,7 +1,6 @@
 """One round of probes, all at the same time."""
 
 import asyncio
-import contextlib
 import logging
 import math
 import resource
@@ -13,10 +12,11 @@ from typing import Any
 
 from monolith_optax.net._address import Address
 from monolith_optax.net._arguments import check_bound, check_positive, targets_of
-from monolith_optax.net._connect import Connector, TcpConnector, attempt, cancel
+from monolith_optax.net._connect import Connector, cancel
 from monolith_optax.net._probe import NodeStatus, Target, probe, status_of
 from monolith_optax.net._reason import Reason
 from monolith_optax.net._report import NodeReport
+from monolith_optax.net._steps import Steps, steps_of
 
 # Descriptors left to the rest of the program.
 SPARE_DESCRIPTORS = 16
@@ -68,30 +68,21 @@ to 65535, not '99999'.)
     targets = targets_of(addrs)
     check_positive(timeout=timeout)
     check_bound(max_concurrency=max_concurrency)
-    async with own_or(connector) as connect:
-        return await probe_all(targets, timeout, max_concurrency, connect)
-
-
-def own_or(
-    connector: Connector | None,
-) -> contextlib.AbstractAsyncContextManager[Connector]:
-    """The connector given, which its owner closes, or a new one."""
-    if connector is None:
-        return TcpConnector()
-    return contextlib.nullcontext(connector)
+    async with steps_of(connector) as steps:
+        return await probe_all(targets, timeout, max_concurrency, steps)
 
 
 async def probe_all(
     targets: Collection[Target],
     timeout: float,
     max_concurrency: int | None,
-    connector: Connector,
+    steps: Steps,
     end: float = math.inf,
 ) -> NodeReport:
     """Probes targets until the time `end` of the event loop's clock."""
-    if isinstance(connector, TcpConnector) and any(t.needs_lookup for t in targets):
-        await connector.prepare()
-    statuses = await _Round(timeout, max_concurrency, connector, end).run(targets)
+    if any(target.needs_lookup for target in targets):
+        await steps.prepare()
+    statuses = await _Round(timeout, max_concurrency, steps, end).run(targets)
     report = NodeReport(tuple(statuses[target.given] for target in targets))
     _log(report)
     return report
@@ -104,10 +95,10 @@ class _Round:
         self,
         timeout: float,
         max_concurrency: int | None,
-        connector: Connector,
+        steps: Steps,
         end: float,
     ) -> None:
-        self.timeout, self.connector, self.end = timeout, connector, end
+        self.timeout, self.steps, self.end = timeout, steps, end
         self.clock = asyncio.get_running_loop().time
         most_sockets = max(1, _descriptors_left())
         self.sockets = asyncio.Semaphore(most_sockets)
@@ -138,9 +129,8 @@ class _Round:
         await self.sockets.acquire()
         start = self.clock()
         timeout = min(self.timeout, self.end - start)
-        # A subclass may connect in its own way.
-        if numeric is not None and type(self.connector) is TcpConnector:
-            outcome = attempt(numeric, timeout)
+        if numeric is not None and self.steps.at_once is not None:
+            outcome = self.steps.at_once(numeric, timeout)
             settle = partial(self.settle, given, start, timeout)
             if outcome.done():
                 settle(outcome)
@@ -153,7 +143,7 @@ class _Round:
 
     async def in_task(self, given: Any, address: Address, timeout: float) -> None:
         self.statuses[given] = await probe(
-            given, address, self.connector, timeout, self.sockets
+            given, address, self.steps, timeout, self.sockets
         )
 
     def settle(

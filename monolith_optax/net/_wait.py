@@ -12,7 +12,8 @@ from monolith_optax.net._connect import Connector
 from monolith_optax.net._probe import NodeStatus, Target
 from monolith_optax.net._reason import Reason
 from monolith_optax.net._report import NodeReport, NodesDownError
-from monolith_optax.net._round import own_or, probe_all
+from monolith_optax.net._round import probe_all
+from monolith_optax.net._steps import steps_of
 
 # Seconds between rounds, doubling from the first to the last.
 FIRST_PAUSE, LAST_PAUSE = 0.1, 5.0
@@ -128,10 +129,10 @@ async def wait(
     end = start + deadline if deadline else math.inf
     latest: dict[Any, NodeStatus] = {}
     pending, pause = targets, FIRST_PAUSE
-    async with own_or(connector) as connect:
+    async with steps_of(connector) as steps:
         while True:
             began = clock()
-            found = await probe_all(pending, timeout, max_concurrency, connect, end)
+            found = await probe_all(pending, timeout, max_concurrency, steps, end)
             for status in found.results:
                 # A probe that the deadline cut short says less than the one before.
                 cut_short = status.reason in _SILENT and clock() >= end

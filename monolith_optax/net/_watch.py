@@ -13,7 +13,8 @@ from monolith_optax.net._arguments import (
 from monolith_optax.net._connect import Connector
 from monolith_optax.net._reason import Reason
 from monolith_optax.net._report import Transition
-from monolith_optax.net._round import own_or, probe_all
+from monolith_optax.net._round import probe_all
+from monolith_optax.net._steps import steps_of
 
 
 def watch_nodes(
@@ -72,10 +73,10 @@ def watch_nodes(
         clock = asyncio.get_running_loop().time
         known: dict[Any, bool] = {}
         streaks: dict[Any, tuple[bool, int]] = {}
-        async with own_or(connector) as connect:
+        async with steps_of(connector) as steps:
             while True:
                 start = clock()
-                report = await probe_all(targets, timeout, max_concurrency, connect)
+                report = await probe_all(targets, timeout, max_concurrency, steps)
                 for status in report.results:
                     if status.reason is Reason.LOCAL_FAULT:
                         continue
