@@ -8,6 +8,7 @@ was compiled by its parameters and the types of its operands.
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpy_operations import IN_NUMPY
 
 from monolith_optax._rows.programs import jaxprs
 
@@ -41,8 +42,8 @@ def _step(equation, operands):
     if name in _LOOPS:
         return _LOOPS[name](equation, operands)
     operands = list(map(_in_numpy, operands))
-    if name in _NUMPY and all(isinstance(x, np.ndarray) for x in operands):
-        results = _NUMPY[name](equation.params, *operands)
+    if name in IN_NUMPY and all(isinstance(x, np.ndarray) for x in operands):
+        results = IN_NUMPY[name](equation.params, *operands)
         results = results if isinstance(results, list) else [results]
         types = [jaxprs.type_of(out) for out in equation.outvars]
         assert [r.shape for r in map(np.asarray, results)] == [t.shape for t in types]
@@ -94,68 +95,3 @@ def _while(equation, operands):
 
 
 _LOOPS = {"cond": _cond, "scan": _scan, "while": _while}
-
-
-def _broadcast(params, x, *_):
-    shape = [1] * len(params["shape"])
-    for axis, size in zip(params["broadcast_dimensions"], x.shape, strict=True):
-        shape[axis] = size
-    return np.broadcast_to(x.reshape(shape), params["shape"])
-
-
-def _slice(params, x):
-    limits = params["start_indices"], params["limit_indices"]
-    steps = params["strides"] or [1] * x.ndim
-    return x[tuple(map(slice, *limits, steps))]
-
-
-def _iota(params):
-    shape, axis = params["shape"], params["dimension"]
-    along = np.arange(shape[axis], dtype=params["dtype"])
-    return np.broadcast_to(along.reshape(-1, *[1] * (len(shape) - axis - 1)), shape)
-
-
-def _select(_, which, *cases):
-    return np.choose(which.astype(int), cases)
-
-
-def _elementwise(function):
-    return lambda _, *operands: function(*operands)
-
-
-def _over_axes(function):
-    return lambda params, x: function(x, axis=tuple(params["axes"]))
-
-
-_NUMPY = {
-    name: _elementwise(function)
-    for name, function in {
-        "add": np.add, "add_any": np.add, "sub": np.subtract, "mul": np.multiply,
-        "neg": np.negative, "max": np.maximum, "min": np.minimum, "abs": np.abs,
-        "exp": np.exp, "log": np.log, "log1p": np.log1p, "tanh": np.tanh,
-        "sin": np.sin, "cos": np.cos, "sqrt": np.sqrt, "floor": np.floor,
-        "eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal,
-        "gt": np.greater, "ge": np.greater_equal, "and": np.bitwise_and,
-        "or": np.bitwise_or, "not": np.invert, "is_finite": np.isfinite,
-        "square": np.square, "copy": np.asarray,
-    }.items()
-}  # fmt: skip
-_NUMPY |= {
-    "broadcast_in_dim": _broadcast,
-    "concatenate": lambda p, *xs: np.concatenate(xs, p["dimension"]),
-    "convert_element_type": lambda p, x: x.astype(p["new_dtype"]),
-    "integer_pow": lambda p, x: x ** np.asarray(p["y"], x.dtype),
-    "iota": _iota,
-    "reduce_sum": _over_axes(np.sum),
-    "reduce_max": _over_axes(np.max),
-    "reduce_min": _over_axes(np.min),
-    "reduce_and": _over_axes(np.all),
-    "reduce_or": _over_axes(np.any),
-    "reshape": lambda p, x: x.reshape(p["new_sizes"]),
-    "rev": lambda p, x: np.flip(x, p["dimensions"]),
-    "select_n": _select,
-    "slice": _slice,
-    "split": lambda p, x: np.split(x, np.cumsum(p["sizes"])[:-1], p["axis"]),
-    "squeeze": lambda p, x: np.squeeze(x, tuple(p["dimensions"])),
-    "transpose": lambda p, x: x.transpose(p["permutation"]),
-}

@@ -235,7 +235,7 @@ def test_random_optimizers_are_right_or_refused(kind):
             raise AssertionError(f"case {case}, {num_rows} rows, {text}") from error
         else:
             found["right"] += 1
-        if case % 1000 == 999:
+        if case % 200 == 199:  # else memory grows without an end
             jax.clear_caches()
     print(dict(found))
     assert found["right"] > 0
