@@ -104,18 +104,56 @@ def batches(job: Job, count: int) -> list[Batch]:
 def loss(mlps: Any, rows: jax.Array, numbers: jax.Array, labels: jax.Array) -> Any:
     """The loss, from the sums of bags, of shape (batch, tables, dim)."""
     bottom = _mlp(mlps["bottom"], numbers)
-    vectors = jnp.concatenate([bottom[:, None], rows], 1)
-    count = vectors.shape[1]
-    products = jnp.einsum("bik,bjk->bij", vectors, vectors).reshape(-1, count**2)
-    products = products[:, pairs(count)]
+    products = products_of_pairs(jnp.concatenate([bottom[:, None], rows], 1))
     logits = _mlp(mlps["top"], jnp.concatenate([bottom, products], 1))[:, 0]
     return optax.sigmoid_binary_cross_entropy(logits, labels).mean()
+
+
+@jax.custom_vjp
+def products_of_pairs(vectors: jax.Array) -> jax.Array:
+    """The products of any two different vectors of a sample, each once.
+
+    Its gradient is written out for all sides. Found by JAX, it adds the gradients of
+    the pairs to zeros, one by one, and multiplies with the vectors twice.
+    """
+    products = jnp.einsum("bik,bjk->bij", vectors, vectors)
+    return _columns(products.reshape(len(vectors), -1), pairs(vectors.shape[1]))
+
+
+def _products_forward(vectors: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return products_of_pairs(vectors), vectors
+
+
+def _products_backward(vectors: jax.Array, gradients: jax.Array) -> tuple[jax.Array]:
+    count = vectors.shape[1]
+    padded = jnp.pad(gradients, ((0, 0), (0, 1)))
+    of_products = _columns(padded, places(count)).reshape(-1, count, count)
+    return (jnp.einsum("bij,bjk->bik", of_products, vectors),)
+
+
+products_of_pairs.defvjp(_products_forward, _products_backward)
+
+
+def _columns(array: jax.Array, which: np.ndarray) -> jax.Array:
+    return array.at[:, which].get(mode="promise_in_bounds")
 
 
 def pairs(count: int) -> np.ndarray:
     """Which of the products of all vectors are of two different ones, each once."""
     left, right = np.triu_indices(count, 1)
     return left * count + right
+
+
+def places(count: int) -> np.ndarray:
+    """Where each of the products of all vectors is in `pairs`, or would be after them.
+
+    A product is there with either vector first; those of a vector with itself are not.
+    """
+    number = count * (count - 1) // 2
+    found = np.full((count, count), number)
+    found[np.triu_indices(count, 1)] = np.arange(number)
+    either: np.ndarray = np.minimum(found, found.T)
+    return either.reshape(-1)
 
 
 def _mlp(layers: Any, x: jax.Array) -> jax.Array:

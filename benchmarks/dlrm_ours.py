@@ -39,9 +39,10 @@ class Ours:
             return jnp.stack([table[i].sum() for table, i in pairs]).sum()
 
         is_large = sparse_tables(lookups, tables, data[0].ids)
+        # Tables grow, so the bags of both stacks, one after the other, are in order.
         self.members = {
             name: [k for k, large in enumerate(is_large) if large is (name == "large")]
-            for name in ("large", "small")
+            for name in ("small", "large")
         }
         params: dict[str, Any] = {"mlps": jax.tree.map(jnp.array, job.mlps())}
         self.firsts: dict[str, np.ndarray] = {}
@@ -50,8 +51,6 @@ class Ours:
             [params[name]] = stack.pack([tables[k] for k in members]).values()
             [firsts] = stack.row_ids([np.zeros(1, np.int32)] * len(members)).values()
             self.firsts[name] = np.asarray(firsts)
-        # Where each table's bags are when those of both stacks are joined.
-        self.order = np.argsort(self.members["large"] + self.members["small"])
         self.tx = lazy_rows(
             optax.partition(
                 {
@@ -83,17 +82,22 @@ class Ours:
         """For each stack the ids of all of its bags, and the bag of each."""
         ids: dict[str, Any] = {}
         for name, members in self.members.items():
-            parts = zip(members, self.firsts[name], strict=True)
-            flat = np.concatenate([batch.ids[k] + first for k, first in parts])
+            pairs = zip(members, self.firsts[name], strict=True)
+            of_tables = [batch.ids[k] + first for k, first in pairs]
             if self.job.length is None:
-                ids[name] = flat.reshape(len(members), -1).astype(np.int32)
+                ids[name] = np.stack(of_tables, 1).astype(np.int32)
                 continue
-            lengths = np.concatenate([np.diff(batch.offsets[k]) for k in members])
-            bags = np.repeat(np.arange(len(lengths)), lengths)
-            padding = 0, self.lengths[name] - len(flat)
+            # A sample's bags follow one another.
+            starts = len(members) * np.arange(self.job.batch)
+            bags = [
+                np.repeat(starts + i, np.diff(batch.offsets[k]))
+                for i, k in enumerate(members)
+            ]
+            flat = np.concatenate(of_tables), np.concatenate(bags)
+            padding = 0, self.lengths[name] - len(flat[0])
             ids[name] = tuple(
                 np.pad(array, padding, constant_values=-1).astype(np.int32)
-                for array in (flat, bags)
+                for array in flat
             )
         return jax.tree.map(jnp.array, (ids, batch.numbers, batch.labels))
 
@@ -107,9 +111,8 @@ class Ours:
             flat, bags = ids[name]
             count = len(members) * self.job.batch
             rows = bag_lookup(params[name], flat, segments=bags, num_bags=count)
-            sums.append(rows.reshape(len(members), self.job.batch, self.job.dim))
-        joined: jax.Array = jnp.concatenate(sums)[self.order].transpose(1, 0, 2)
-        return joined
+            sums.append(rows.reshape(self.job.batch, len(members), self.job.dim))
+        return jnp.concatenate(sums, 1)
 
     def _loss(self, params: Any, ids: Any, *others: jax.Array) -> jax.Array:
         value: jax.Array = loss(params["mlps"], self._lookup(params, ids), *others)

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.dlrm_data import RATE, START, TABLE_RATE, Batch, Job, pairs
+from benchmarks.dlrm_data import RATE, START, TABLE_RATE, Batch, Job, pairs, places
 
 
 class Peer:
@@ -33,8 +33,7 @@ class Peer:
         }
         leaves = [x for layers in self.mlps.values() for pair in layers for x in pair]
         self.adam = torch.optim.Adam(leaves, lr=RATE, fused=True)
-        vectors = len(job.sizes) + 1
-        self.pairs = torch.from_numpy(pairs(vectors))
+        self.products = _products_of_pairs(torch, len(job.sizes) + 1)
         self.stream = cycle([self.prepared(batch) for batch in data])
 
     def prepared(self, batch: Batch) -> Any:
@@ -53,9 +52,7 @@ class Peer:
         """The loss, from the sums of bags."""
         torch = self.torch
         bottom = self.mlp("bottom", numbers)
-        vectors = torch.cat([bottom[:, None], rows], 1)
-        products = torch.bmm(vectors, vectors.transpose(1, 2)).flatten(1)
-        products = products.index_select(1, self.pairs)
+        products = self.products(torch.cat([bottom[:, None], rows], 1))
         logits = self.mlp("top", torch.cat([bottom, products], 1))[:, 0]
         return torch.nn.functional.binary_cross_entropy_with_logits(logits, labels)
 
@@ -122,6 +119,28 @@ class Peer:
             self.step()
 
         return run
+
+
+def _products_of_pairs(torch: Any, count: int) -> Callable[[Any], Any]:
+    """The same products as ours, with the same gradient."""
+    of_pairs, of_places = map(torch.from_numpy, (pairs(count), places(count)))
+
+    class Products(torch.autograd.Function):  # type: ignore[misc]
+        @staticmethod
+        def forward(ctx: Any, vectors: Any) -> Any:
+            ctx.save_for_backward(vectors)
+            products = torch.bmm(vectors, vectors.transpose(1, 2)).flatten(1)
+            return products.index_select(1, of_pairs)
+
+        @staticmethod
+        def backward(ctx: Any, gradients: Any) -> Any:
+            [vectors] = ctx.saved_tensors
+            padded = torch.nn.functional.pad(gradients, (0, 1))
+            of_products = padded.index_select(1, of_places)
+            return torch.bmm(of_products.unflatten(1, (count, count)), vectors)
+
+    apply: Callable[[Any], Any] = Products.apply
+    return apply
 
 
 class PyTorch(Peer):
