@@ -4,77 +4,98 @@ What is added are zeros: their gradients are those of the rows. The program othe
 computes what it did, and its equations keep their places, policies and rules.
 """
 
-from collections.abc import Collection, Sequence
-from typing import Any
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from typing import Protocol, cast
 
-from monolith_optax._rows.gradients import follow_rows
-from monolith_optax._rows.gradients.constructs import CONSTRUCTS
+import jax
+
+from monolith_optax._rows.gradients.fetch_rows import Added
+from monolith_optax._rows.gradients.follow_rows import PLACEMENTS, Step
 from monolith_optax._rows.gradients.lookup_tree import (
     NO_IDS,
     RESULTS,
     Arrays,
     Each,
+    EachOf,
     Node,
     Tree,
 )
-from monolith_optax._rows.gradients.positions import Added
-from monolith_optax._rows.gradients.row_images import Scope
+from monolith_optax._rows.gradients.row_images import Image, Parameter, Scope, Value
 from monolith_optax._rows.programs import jaxprs
-from monolith_optax._rows.programs.jaxprs import Equation, Program, type_of
+from monolith_optax._rows.programs.jaxprs import Atom, Equation, Program, type_of
 
 
-def add(
-    program: Program, operands: Sequence[Any], tree: Tree, zeros: Arrays
-) -> tuple[list[Any], Arrays]:
-    """Runs a program with zeros added to what it looks up.
+class AddsZeros(Protocol):
+    """What runs an equation that is given tables (`constructs.py`)."""
 
-    Args:
-      program: the program.
-      operands: its operands; tables are `Parameter`s.
-      tree: the lookups that were found in it.
-      zeros: what to add to their rows.
+    def run(
+        self,
+        run: "Run",
+        equation: Equation,
+        operands: list[Value],
+        node: Node,
+        zeros: Each[Arrays],
+    ) -> tuple[Sequence[Value], Each[Arrays]]:
+        """The results, and the ids of all rows that are looked up.
 
-    Returns:
-      The results, and for each lookup the ids of its rows.
-    """
-    return Run().inside(program, operands, tree, zeros)
+        Args:
+          run: the run that it belongs to.
+          equation: the equation.
+          operands: arrays; or images, where `node` says so.
+          node: its lookups.
+          zeros: what is added to their rows.
+        """
 
 
 class Run:
     """A run of a program, which may call others.
 
     Attributes:
-      scope: whole arrays that were made in it.
+      scope: what was made of images in it.
     """
 
-    def __init__(self) -> None:
-        self.scope = Scope()
+    def __init__(self, constructs: Mapping[str, AddsZeros]) -> None:
+        """Gives the equations that may be given tables."""
+        self.scope, self._constructs = Scope(), constructs
 
     def inside(
         self,
         program: Program,
-        operands: Sequence[Any],
+        operands: Sequence[Value],
         tree: Tree,
-        zeros: Arrays,
+        zeros: EachOf[Arrays],
         left_out: Collection[int] = (),
-    ) -> tuple[list[Any], Arrays]:
-        """Runs a program in a trace of its own; some results are None."""
-        run = Run()
+    ) -> tuple[list[jax.Array], EachOf[Arrays]]:
+        """Runs a program in a trace of its own, with zeros added to what it looks up.
+
+        Args:
+          program: the program.
+          operands: its operands; tables are `Parameter`s.
+          tree: the lookups that were found in it.
+          zeros: what to add to their rows.
+          left_out: results that are not needed.
+
+        Returns:
+          The other results, and for each lookup the ids of its rows.
+        """
+        run = Run(self._constructs)
         results, ids = run.program(program, operands, tree, zeros)
-        whole = [
-            None if i in left_out else run.scope.whole(value)
-            for i, value in enumerate(results)
-        ]
-        return whole, ids
+        needed = [value for i, value in enumerate(results) if i not in left_out]
+        return list(map(run.scope.whole, needed)), ids
 
     def program(
-        self, program: Program, operands: Sequence[Any], tree: Tree, zeros: Arrays
-    ) -> tuple[list[Any], Arrays]:
+        self,
+        program: Program,
+        operands: Sequence[Value],
+        tree: Tree,
+        zeros: EachOf[Arrays],
+    ) -> tuple[list[Value], EachOf[Arrays]]:
         """Runs a program whose results may be images."""
-        ids: Arrays = {}
+        ids: EachOf[Arrays] = {}
         equations = iter(range(len(program.jaxpr.eqns)))
 
-        def step(equation: Equation, operands: list[Any]) -> Sequence[Any]:
+        def step(equation: Equation, operands: list[Value]) -> Sequence[Value]:
             index = next(equations)
             node = tree.get(index)
             if node is None:
@@ -82,7 +103,9 @@ class Run:
             results, ids[index] = self._node(equation, operands, node, zeros[index])
             return results
 
-        results = jaxprs.interpret(program, operands, step, lambda constant: constant)
+        results = jaxprs.interpret(
+            program, operands, step, lambda constant: cast(jax.Array, constant)
+        )
         if RESULTS in tree:
             node, atoms = tree[RESULTS], program.jaxpr.outvars
             results, taken = self._taken(atoms, results, node, zeros[RESULTS])
@@ -90,26 +113,33 @@ class Run:
         return results, ids
 
     def _node(
-        self, equation: Equation, operands: list[Any], node: Node, zeros: Each
-    ) -> tuple[list[Any], Each]:
+        self,
+        equation: Equation,
+        operands: list[Value],
+        node: Node,
+        zeros: Each[Arrays],
+    ) -> tuple[Sequence[Value], Each[Arrays]]:
         operands, taken = self._taken(equation.invars, operands, node, zeros)
         operands = [
             value if i in node.images else self.scope.whole(value)
             for i, value in enumerate(operands)
         ]
         if node.steps:
-            images = follow_rows.images(equation, operands, node.steps)
-            return images, NO_IDS._replace(taken=taken)
+            return _images(equation, operands, node.steps), NO_IDS._replace(taken=taken)
         if not node.lookups and not node.programs:
             arrays = list(map(self.scope.whole, operands))
-            return jaxprs.bind(equation, arrays), NO_IDS._replace(taken=taken)
-        construct = CONSTRUCTS[str(equation.primitive.name)]
+            return [*jaxprs.bind(equation, arrays)], NO_IDS._replace(taken=taken)
+        construct = self._constructs[str(equation.primitive.name)]
         results, ids = construct.run(self, equation, operands, node, zeros)
         return results, ids._replace(taken=taken)
 
     def _taken(
-        self, atoms: Sequence[Any], values: list[Any], node: Node, zeros: Each
-    ) -> tuple[list[Any], dict[int, Any]]:
+        self,
+        atoms: Sequence[Atom],
+        values: list[Value],
+        node: Node,
+        zeros: Each[Arrays],
+    ) -> tuple[list[Value], dict[int, Arrays]]:
         """Images that are used whole, with zeros added to their rows."""
         values, ids = list(values), {}
         for i, found in node.taken.items():
@@ -117,3 +147,23 @@ class Run:
             values[i] = added.all(values[i], type_of(atoms[i]).shape, self.scope)
             ids[i] = added.ids()
         return values, ids
+
+
+def _images(
+    equation: Equation, operands: Sequence[Value], steps: Sequence[Step]
+) -> list[Value]:
+    """The results of an equation that keeps rows apart."""
+    return [
+        _placed(equation, operands[index])
+        if step.way is None
+        else Image(step.way, equation, operands, index)
+        for index, step in enumerate(steps)
+    ]
+
+
+def _placed(equation: Equation, value: Value) -> Value:
+    """An operand after an equation that says on which devices it is."""
+    if not isinstance(value, Parameter) or equation.primitive.name not in PLACEMENTS:
+        return value
+    [array] = jaxprs.bind(equation, [value.array])
+    return replace(value, array=array)

@@ -17,12 +17,12 @@ whose numbers are those of the scatter under other names.
 
 import math
 from collections.abc import Collection, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.lax import GatherDimensionNumbers, GatherScatterMode
+from jax.typing import ArrayLike
 
 from monolith_optax._rows.gradients.gather import Lookup, wide
 from monolith_optax._rows.programs.jaxprs import Equation, bind, type_of
@@ -48,7 +48,7 @@ def lookup(equation: Equation) -> Lookup | str:
         batch = (len(_slice_rows(equation)),)
     if (batch or sizes)[0] == shape[0] != 1:
         return "has all of its rows taken"
-    return Lookup(shape, batch, numbers, sizes, GatherScatterMode.CLIP, None, 1)
+    return Lookup(shape, batch, numbers, sizes, GatherScatterMode.CLIP, 0, 1)
 
 
 def scattered(equation: Equation, summed: Collection[int]) -> Lookup | str:
@@ -108,7 +108,7 @@ def is_concatenation(equation: Equation) -> bool:
     return bool(name == "concatenate" and equation.params["dimension"] == 0)
 
 
-def indices_of(equation: Equation, operands: Sequence[Any]) -> Any:
+def indices_of(equation: Equation, operands: Sequence[jax.Array]) -> jax.Array:
     """The indices of what is taken, in the form of a gather's.
 
     Args:
@@ -120,7 +120,7 @@ def indices_of(equation: Equation, operands: Sequence[Any]) -> Any:
         return operands[0]
     if name == "dynamic_slice":
         return jnp.stack(list(map(wide, operands)))
-    return np.asarray(_slice_rows(equation), np.int32)[:, None]
+    return jnp.asarray(np.asarray(_slice_rows(equation), np.int32)[:, None])
 
 
 def sliced_columns(equation: Equation, rows: jax.Array) -> jax.Array:
@@ -159,7 +159,7 @@ def _as_gather(
     numbers: GatherDimensionNumbers,
     sizes: Sequence[int],
     mode: GatherScatterMode,
-    fill: Any,
+    fill: ArrayLike,
 ) -> Lookup | str:
     if mode not in _MODES or not numbers.start_index_map:
         return _UNKNOWN
@@ -175,7 +175,7 @@ def _as_gather(
     return Lookup(shape, batch, numbers, tuple(sizes), mode, fill, rows + 1)
 
 
-def _default_fill(dtype: Any) -> Any:
+def _default_fill(dtype: np.dtype) -> ArrayLike:
     """What JAX takes for entries outside an array."""
     if jnp.issubdtype(dtype, jnp.integer):
         unsigned = jnp.issubdtype(dtype, jnp.unsignedinteger)

@@ -1,15 +1,18 @@
 """Which leaves of params have gradients of rows, and why others have not."""
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Collection
+from typing import NamedTuple
 
 import jax.numpy as jnp
 
+from monolith_optax._rows.gradients.constructs import CONSTRUCTS
 from monolith_optax._rows.gradients.find_lookups import Finder
 from monolith_optax._rows.gradients.gradient_flow import GradientFlow
 from monolith_optax._rows.gradients.lookup_tree import Tree
+from monolith_optax._rows.gradients.table_uses import Uses
 from monolith_optax._rows.gradients.trace_loss import Loss
+from monolith_optax._rows.types import Shape
 
 
 class Choice(NamedTuple):
@@ -65,23 +68,24 @@ def _choose(loss: Loss) -> Choice:
     flow = GradientFlow()
     while True:
         left = {leaf: ask for leaf, ask in enumerate(asked) if leaf not in refused}
-        finder = Finder(types, left, row_axes, flow, loss)
-        tree = finder.find(loss.program)
-        more = _not_tables(finder, left, types) | finder.refused
+        finder = Finder(Uses(types, left, row_axes), flow, loss, CONSTRUCTS)
+        tree, uses = finder.find(loss.program), finder.uses
+        more = _not_tables(uses, finder.empty_shapes) | uses.refused
         if wrong := [leaf for leaf in sorted(more) if asked[leaf]]:
             leaf, why = wrong[0], more[wrong[0]]
             raise ValueError(
                 f"Table {loss.names[leaf]} {why}, so {_FOLLOWS[loss.for_gradients]}, "
                 "or only look it up in the model."
             )
-        if not more and not finder.more_row_axes:
-            found = {leaf: finder.row_axes.get(leaf) for leaf in left}
+        if not more and not uses.more_row_axes:
             axes = {
-                leaf: count or _axes_without_ids(types[leaf].shape, finder) or 1
-                for leaf, count in found.items()
+                leaf: uses.row_axes.get(leaf)
+                or _axes_without_ids(types[leaf].shape, finder.empty_shapes)
+                or 1
+                for leaf in left
             }
             return Choice(axes, tree, refused)
-        row_axes |= finder.more_row_axes
+        row_axes |= uses.more_row_axes
         refused |= {leaf: f"as it {why}" for leaf, why in more.items()}
 
 
@@ -95,27 +99,27 @@ _FOLLOWS = {
 _UNUSED = "is never looked up"
 
 
-def _not_tables(
-    finder: Finder, left: Mapping[int, bool], types: Sequence[Any]
-) -> dict[int, str]:
+def _not_tables(uses: Uses, empty_shapes: Collection[Shape]) -> dict[int, str]:
     """Leaves that are used as tables are, but not for reasons to be one."""
     reasons = {}
-    for leaf, asked in left.items():
-        whole = sum(finder.all_rows.get(leaf, {}).values())
+    whole = dict.fromkeys(uses.asked, 0)
+    for (leaf, _), rows in uses.all_rows.items():
+        whole[leaf] += rows
+    for leaf, asked in uses.asked.items():
         if asked:
             continue
-        if leaf not in finder.row_axes:
-            if _axes_without_ids(types[leaf].shape, finder) is None:
+        shape, place = uses.types[leaf].shape, uses.constants.get(leaf)
+        if leaf not in uses.row_axes:
+            if _axes_without_ids(shape, empty_shapes) is None:
                 reasons[leaf] = _UNUSED
-        elif leaf not in finder.by_data:
-            reasons[leaf] = f"is looked up by constants in {finder.constants[leaf]}"
-        elif 2 * whole > math.prod(types[leaf].shape[: finder.row_axes[leaf]]):
-            place = finder.constants[leaf]
+        elif leaf not in uses.by_data:
+            reasons[leaf] = f"is looked up by constants in {place}"
+        elif 2 * whole[leaf] > math.prod(shape[: uses.row_axes[leaf]]):
             reasons[leaf] = f"has more than half of its rows used by {place}"
     return reasons
 
 
-def _axes_without_ids(shape: tuple[int, ...], finder: Finder) -> int | None:
+def _axes_without_ids(shape: Shape, empty_shapes: Collection[Shape]) -> int | None:
     """How many axes of a leaf are rows, if it may have been looked up by no ids.
 
     JAX makes an empty array of such a lookup without the table, and nothing else tells
@@ -124,6 +128,6 @@ def _axes_without_ids(shape: tuple[int, ...], finder: Finder) -> int | None:
     """
     for axes in range(1, len(shape)):
         row_shape = shape[axes:]
-        if any(empty[-len(row_shape) :] == row_shape for empty in finder.empty_shapes):
+        if any(empty[-len(row_shape) :] == row_shape for empty in empty_shapes):
             return axes
     return None

@@ -4,94 +4,84 @@ Each kind of equation has one class here or in `loops.py`: `find` reads it, with
 known of its operands, and `run` runs it with something added to what it looks up.
 """
 
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Protocol
 
 import jax
 
 from monolith_optax._rows.gradients import as_gather
-from monolith_optax._rows.gradients.lookup_tree import Each, Found, Node
-from monolith_optax._rows.gradients.loops import Cond, Scan, While
-from monolith_optax._rows.gradients.positions import Added
-from monolith_optax._rows.gradients.row_images import (
+from monolith_optax._rows.gradients.add_zeros import AddsZeros, Run
+from monolith_optax._rows.gradients.fetch_rows import Added
+from monolith_optax._rows.gradients.find_lookups import Finder, FindsLookups
+from monolith_optax._rows.gradients.image_facts import (
+    Known,
     is_data,
-    is_image,
     is_table,
+    which_images,
     which_tables,
     without_other_images,
 )
+from monolith_optax._rows.gradients.lookup_tree import (
+    Arrays,
+    Each,
+    EachOf,
+    Found,
+    Node,
+    Tree,
+)
+from monolith_optax._rows.gradients.loops import Cond, Scan, While, apart
+from monolith_optax._rows.gradients.row_images import Value
 from monolith_optax._rows.gradients.rule_lookups import NotRowsError, Rule
 from monolith_optax._rows.gradients.split_tables import ShardMap
 from monolith_optax._rows.programs import jaxprs
 from monolith_optax._rows.programs.jaxprs import Equation, type_of
 
 
-class Construct(Protocol):
+class Construct(FindsLookups, AddsZeros, Protocol):
     """A kind of equation that may be given tables."""
-
-    def find(
-        self, finder: Any, equation: Equation, operands: list[Any]
-    ) -> tuple[list[Any], Node]:
-        """What is known of the results, and the lookups.
-
-        Args:
-          finder: the `Finder`, which reads programs and refuses leaves.
-          equation: the equation.
-          operands: what is known of its operands; some are images of tables.
-        """
-
-    def run(
-        self, run: Any, equation: Equation, operands: list[Any], node: Node, zeros: Each
-    ) -> tuple[list[Any], Each]:
-        """The results, and the ids of all rows that are looked up.
-
-        Args:
-          run: the `Run` that it belongs to.
-          equation: the equation.
-          operands: arrays; or images, where `node` says so.
-          node: its lookups.
-          zeros: what is added to their rows.
-        """
 
 
 class Lookup:
     """A gather, or another equation that takes rows."""
 
     def find(
-        self, finder: Any, equation: Equation, operands: list[Any]
-    ) -> tuple[list[Any], Node]:
+        self, finder: Finder, equation: Equation, operands: list[Known]
+    ) -> tuple[Sequence[Known], Node]:
         table, *indices = operands
         lookup = as_gather.lookup(equation)
         place = finder.place(equation)
+        index = f"is an index of {place}"
         if isinstance(lookup, str) or not is_table(table):
-            what = (
-                f"is an index of {place}"
-                if not is_table(table)
-                else f"{lookup} by {place}"
-            )
-            return [True], Node(
-                finder.otherwise(equation, operands, range(len(operands)), what)
-            )
+            what = f"{lookup} by {place}" if is_table(table) else index
+            uses = dict.fromkeys(range(len(operands)), what)
+            return [True], Node(finder.otherwise(equation, operands, uses))
         rest = range(1, len(operands))
-        finder.otherwise(equation, operands, rest, f"is an index of {place}")
-        found = finder.take(
-            equation,
-            equation.invars[0],
+        finder.otherwise(equation, operands, dict.fromkeys(rest, index))
+        found = finder.uses.take(
             table,
+            equation.invars[0],
             lookup,
-            any(map(is_data, indices)),
-            jaxprs.varying(type_of(equation.outvars[0])),
-            any(finder.active(equation)),
+            place,
+            by_data=any(map(is_data, indices)),
+            varying=jaxprs.varying(type_of(equation.outvars[0])),
+            active=any(finder.active(equation)),
         )
         return [True], Node(lookups=[found] if found else [], images=frozenset([0]))
 
     def run(
-        self, run: Any, equation: Equation, operands: list[Any], node: Node, zeros: Each
-    ) -> tuple[list[Any], Each]:
+        self,
+        run: Run,
+        equation: Equation,
+        operands: list[Value],
+        node: Node,
+        zeros: Each[Arrays],
+    ) -> tuple[Sequence[Value], Each[Arrays]]:
         [found], [its_zeros] = node.lookups, zeros.lookups
         added, lookup = Added(found, its_zeros), found.lookup
         assert lookup is not None
+        arrays = list(map(run.scope.whole, operands[1:]))
         with jaxprs.standing_at(equation):
-            indices = as_gather.indices_of(equation, operands[1:])
+            indices = as_gather.indices_of(equation, arrays)
             rows, valid = added.lookup(indices, operands[0], run.scope)
             result = lookup.result(rows, indices, valid)
             if equation.primitive.name == "slice":
@@ -103,19 +93,23 @@ class Call:
     """A call of a program."""
 
     def find(
-        self, finder: Any, equation: Equation, operands: list[Any]
-    ) -> tuple[list[Any], Node]:
-        program = jaxprs.called_program(equation)
+        self, finder: Finder, equation: Equation, operands: list[Known]
+    ) -> tuple[Sequence[Known], Node]:
+        [program] = jaxprs.programs_of(equation)
         results, tree = finder.inside(
             equation, lambda: finder.program(program, operands, finder.active(equation))
         )
-        which = frozenset(i for i, value in enumerate(operands) if is_image(value))
-        return results, Node(programs=[tree], images=which)
+        return results, Node(programs=[tree], images=which_images(operands))
 
     def run(
-        self, run: Any, equation: Equation, operands: list[Any], node: Node, zeros: Each
-    ) -> tuple[list[Any], Each]:
-        program = jaxprs.called_program(equation)
+        self,
+        run: Run,
+        equation: Equation,
+        operands: list[Value],
+        node: Node,
+        zeros: Each[Arrays],
+    ) -> tuple[Sequence[Value], Each[Arrays]]:
+        [program] = jaxprs.programs_of(equation)
         results, ids = run.program(
             program, operands, node.programs[0], zeros.programs[0]
         )
@@ -129,8 +123,8 @@ class Ruled:
     """
 
     def find(
-        self, finder: Any, equation: Equation, operands: list[Any]
-    ) -> tuple[list[Any], Node]:
+        self, finder: Finder, equation: Equation, operands: list[Known]
+    ) -> tuple[Sequence[Known], Node]:
         if not finder.keeps_rules:
             return CALL.find(finder, equation, operands)
         rule, active = Rule(equation), any(finder.active(equation))
@@ -142,36 +136,38 @@ class Ruled:
                 place = finder.place(equation)
                 reasons[i] = f"{error} in the derivative rule of {place}"
         if not scatters:
-            result: tuple[list[Any], Node] = finder.follow_one(
-                equation, operands, reasons
-            )
-            return result
-        taken: dict[int, Found] = {}
+            return finder.follow_one(equation, operands, reasons)
+        taken = finder.otherwise(equation, operands, reasons)
         lookups: list[Found] = []
-        for i, what in reasons.items():
-            taken |= finder.otherwise(equation, operands, [i], what)
         for i in sorted(scatters):
             for scatter in scatters[i]:
                 sources, constants = rule.sources(scatter.indices)
                 by_data = any(is_data(operands[j]) for j in sources) or any(
                     finder.is_data(each) for each in constants
                 )
-                found = finder.take(
-                    equation,
+                table = operands[i]
+                assert is_table(table)
+                found = finder.uses.take(
+                    table,
                     equation.invars[i],
-                    operands[i],
                     scatter.lookup,
+                    finder.place(equation),
                     by_data,
-                    jaxprs.varying(type_of(scatter.updates)),
-                    True,
+                    varying=jaxprs.varying(type_of(scatter.updates)),
+                    active=True,
                 )
                 lookups += [found] if found else []
         node = Node(taken, lookups, images=frozenset(scatters))
         return [True] * len(equation.outvars), node
 
     def run(
-        self, run: Any, equation: Equation, operands: list[Any], node: Node, zeros: Each
-    ) -> tuple[list[Any], Each]:
+        self,
+        run: Run,
+        equation: Equation,
+        operands: list[Value],
+        node: Node,
+        zeros: Each[Arrays],
+    ) -> tuple[Sequence[Value], Each[Arrays]]:
         """Adds zeros to the rows that get a gradient, as if they were looked up."""
         if node.programs:
             return CALL.run(run, equation, operands, node, zeros)
@@ -194,19 +190,19 @@ class Checkpoint:
     """A call that does not save what its gradient needs."""
 
     def find(
-        self, finder: Any, equation: Equation, operands: list[Any]
-    ) -> tuple[list[Any], Node]:
-        program, active = jaxprs.called_program(equation), finder.active(equation)
+        self, finder: Finder, equation: Equation, operands: list[Known]
+    ) -> tuple[Sequence[Known], Node]:
+        [program], active = jaxprs.programs_of(equation), finder.active(equation)
         operands = without_other_images(operands)
 
-        def find() -> Any:
+        def find() -> tuple[dict[int, int], list[Known], Tree]:
             results, tree = finder.program(program, operands, active)
             passed = {
                 i: operands.index(v)
                 for i, v in enumerate(results)
                 if is_table(v) and v in operands
             }
-            values = [False if i in passed else v for i, v in enumerate(results)]
+            values = [i not in passed and v for i, v in enumerate(results)]
             finder.results(program, values, active, tree, equation)
             return passed, values, tree
 
@@ -218,25 +214,31 @@ class Checkpoint:
         )
 
     def run(
-        self, run: Any, equation: Equation, operands: list[Any], node: Node, zeros: Each
-    ) -> tuple[list[Any], Each]:
-        program = jaxprs.called_program(equation)
-        images = {i: operands[i] for i in node.images}
+        self,
+        run: Run,
+        equation: Equation,
+        operands: list[Value],
+        node: Node,
+        zeros: Each[Arrays],
+    ) -> tuple[Sequence[Value], Each[Arrays]]:
+        [program], [tree] = jaxprs.programs_of(equation), node.programs
+        arrays, all_of = apart(run, operands, node.images)
 
-        def body(arrays: list[Any], zeros: Any) -> Any:
-            values = [images.get(i, array) for i, array in enumerate(arrays)]
-            return run.inside(program, values, node.programs[0], zeros, node.passed)
+        def body(
+            arrays: dict[int, jax.Array], zeros: EachOf[Arrays]
+        ) -> tuple[list[jax.Array], EachOf[Arrays]]:
+            return run.inside(program, all_of(arrays), tree, zeros, node.passed)
 
         body = jax.checkpoint(
             body,
             prevent_cse=equation.params["prevent_cse"],
             policy=equation.params["policy"],
         )
-        arrays = [None if i in images else v for i, v in enumerate(operands)]
-        results, ids = body(arrays, zeros.programs[0])
+        some, ids = body(arrays, zeros.programs[0])
+        others = iter(some)
         results = [
-            operands[node.passed[i]] if i in node.passed else v
-            for i, v in enumerate(results)
+            operands[node.passed[i]] if i in node.passed else next(others)
+            for i in range(len(equation.outvars))
         ]
         return results, Each({}, [], [ids])
 

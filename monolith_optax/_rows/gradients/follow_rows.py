@@ -4,26 +4,25 @@
 equation, gives the rows of a result where they are looked up.
 """
 
-import dataclasses
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import NamedTuple
 
 import jax.numpy as jnp
 
 from monolith_optax._rows.gradients import as_gather, row_maps
-from monolith_optax._rows.gradients.linear_rules import check_rule
-from monolith_optax._rows.gradients.row_images import (
+from monolith_optax._rows.gradients.image_facts import (
     VARYING,
     Facts,
-    Image,
     Known,
-    Parameter,
+    Number,
     Source,
     is_data,
-    is_image,
     is_table,
     leaves_of,
 )
+from monolith_optax._rows.gradients.linear_rules import check_rule
+from monolith_optax._rows.gradients.row_images import Way
 from monolith_optax._rows.gradients.ways import (
     Changed,
     Concatenated,
@@ -31,7 +30,6 @@ from monolith_optax._rows.gradients.ways import (
     Planned,
     Ruled,
     Turned,
-    Way,
 )
 from monolith_optax._rows.programs import jaxprs, row_rules
 from monolith_optax._rows.programs.jaxprs import Equation, Program, type_of
@@ -40,7 +38,10 @@ from monolith_optax._rows.programs.row_values import MixesRowsError
 
 
 class Step(NamedTuple):
-    """How a result follows, and what is known of it; no way if it is its operand."""
+    """How a result follows, and what is known of it; no way if it is its operand.
+
+    Of results that are operands the facts are those of the operands themselves.
+    """
 
     way: Way | None
     facts: Facts
@@ -49,46 +50,24 @@ class Step(NamedTuple):
 Steps = list[Step]
 
 
-def images(
-    equation: Equation, operands: Sequence[Any], steps: Sequence[Step]
-) -> list[Any]:
-    """The results of an equation that is followed."""
-    return [
-        _placed(equation, operands[index])
-        if way is None
-        else Image(way, equation, operands, index, facts)
-        for index, (way, facts) in enumerate(steps)
-    ]
-
-
-def _placed(equation: Equation, value: Any) -> Any:
-    """An operand after an equation that says on which devices it is."""
-    if not isinstance(value, Parameter) or value.array is None:
-        return value
-    if equation.primitive.name not in _PLACEMENTS:
-        return value
-    [array] = jaxprs.bind(equation, [value.array])
-    return dataclasses.replace(value, array=array)
-
-
-def follow(equation: Equation, values: Sequence[Any]) -> Steps | None:
+def follow(equation: Equation, values: Sequence[Known]) -> Steps | None:
     """How the results are images, or None if an equation does not keep rows apart.
 
     Operands that are images are known by what they are, and of others all that is
     known is whether they are data.
     """
-    found = [value for value in values if is_image(value)]
-    if not all(image.facts.usable for image in found):
+    images = [value for value in values if isinstance(value, Facts)]
+    if not all(image.usable for image in images):
         return None
-    name = str(equation.primitive.name)
-    if name in _PLACEMENTS and isinstance(values[0], Parameter):
-        return [Step(None, values[0].facts)]
-    if name in HINTS and len(found) == len(values):
-        return [Step(None, value.facts) for value in values]
+    name, [first, *_] = str(equation.primitive.name), values
+    if name in PLACEMENTS and isinstance(first, Facts) and first.is_leaf:
+        return [Step(None, first)]
+    if name in HINTS and len(images) == len(values):
+        return [Step(None, image) for image in images]
     way = _way(equation, values)
     facts = _combined(equation, values) if way else None
     if facts:
-        return [Step(way, facts)] * len(equation.outvars)
+        return [Step(way, replace(facts)) for _ in equation.outvars]
     return _moved(equation, values) or _turned(equation, values)
 
 
@@ -111,54 +90,54 @@ def _is_random(equation: Equation) -> bool:
     return bool(equation.primitive.name == "random_bits")
 
 
-_PLACEMENTS = ("sharding_constraint", "reshard", *VARYING)
+PLACEMENTS = ("sharding_constraint", "reshard", *VARYING)
 
 
-def _way(equation: Equation, values: Sequence[Any]) -> Way | None:
+def _way(equation: Equation, values: Sequence[Known]) -> Way | None:
     if equation.primitive.name in jaxprs.CUSTOM_DERIVATIVES:
-        return Ruled() if _rule_keeps_rows(equation, values) else None
+        if not _rule_keeps_rows(equation, values):
+            return None
+        return Ruled(tuple(map(is_table, values)))
     if equation.primitive.name in as_gather.CHANGES:
-        only_first = is_image(values[0]) and not leaves_of(values[1:])
+        only_first = isinstance(values[0], Facts) and not leaves_of(values[1:])
         row = as_gather.changed_row(equation) if only_first else None
         return Changed(row) if row else None
     if as_gather.is_concatenation(equation):
         return Concatenated()
     by_row = list(map(is_table, values))
     if not any(by_row):
-        by_row = list(map(is_image, values))
+        by_row = [isinstance(value, Facts) for value in values]
     plan = row_rules.plan(equation, by_row)
     return Planned(plan) if plan else None
 
 
-def _combined(equation: Equation, values: Sequence[Any]) -> Facts | None:
+def _combined(equation: Equation, values: Sequence[Known]) -> Facts | None:
     """What is known of an image whose rows are made of those of all operands."""
     operands = list(zip(equation.invars, values, strict=True))
     shape = type_of(equation.outvars[0]).shape
-    found = [(a, v) for a, v in operands if is_image(v)]
+    images = [value for value in values if isinstance(value, Facts)]
     entries_apart = equation.primitive.name in row_rules.ELEMENTWISE and all(
-        type_of(atom).shape == (shape if is_image(value) else ())
+        type_of(atom).shape == (shape if isinstance(value, Facts) else ())
         for atom, value in operands
     )
-    tables = [(atom, value) for atom, value in found if is_table(value)]
+    tables = [image for image in images if image.sources]
     sources: set[Source] = set()
     if entries_apart:
-        lows, highs = zip(*(value.facts.columns for _, value in found), strict=True)
+        lows, highs = zip(*(image.columns for image in images), strict=True)
         columns = max(lows), min(highs)
         if columns[0] > columns[1]:
             return None
-        sources.update(*(value.facts.sources for _, value in tables))
+        sources.update(*(image.sources for image in tables))
     else:  # a row for each index of the first axis
         columns = (len(shape) - 1,) * 2
         first_row, together = 0, as_gather.is_concatenation(equation)
         for atom, value in operands:
             if is_table(value):
-                low, high = value.facts.columns
+                low, high = value.columns
                 count = len(type_of(atom).shape) - 1
                 if not low <= count == high:
                     return None  # more of its axes are rows, or it is a single one
-                sources |= {
-                    _fixed(each, count, first_row) for each in value.facts.sources
-                }
+                sources |= {_fixed(each, count, first_row) for each in value.sources}
             if together:
                 first_row += type_of(atom).shape[0]
     if len(sources) > len({source.leaf for source in sources}):
@@ -168,7 +147,7 @@ def _combined(equation: Equation, values: Sequence[Any]) -> Facts | None:
         columns,
         is_data=any(map(is_data, values)),
         detached=_is_cut(equation)
-        or (bool(tables) and all(v.facts.detached for _, v in tables)),
+        or (bool(tables) and all(image.detached for image in tables)),
     )
 
 
@@ -185,18 +164,18 @@ def _fixed(source: Source, columns: int, first_row: int) -> Source:
     return source._replace(row_axes=source.rows_with(columns), path=path)
 
 
-def _moved(equation: Equation, values: Sequence[Any]) -> Steps | None:
+def _moved(equation: Equation, values: Sequence[Known]) -> Steps | None:
     """Steps for rows that are only taken, by slices or into another shape."""
-    if not is_image(values[0]) or any(map(is_image, values[1:])):
+    facts, *others = values
+    if not isinstance(facts, Facts) or any(isinstance(v, Facts) for v in others):
         return None
-    starts = [value.value() for value in values[1:] if isinstance(value, Known)]
+    starts = [value.value() for value in others if isinstance(value, Number)]
     steps = []
     for index in range(len(equation.outvars)):
-        known = starts if len(starts) == len(values) - 1 else None
+        known = starts if len(starts) == len(others) else None
         row_map = row_maps.row_map(equation, index, known)
         if row_map is None:
             return None
-        facts = values[0].facts
         low, before = facts.columns
         high = min(before, row_map.columns)
         if high < low or 0 == high < before:
@@ -208,19 +187,20 @@ def _moved(equation: Equation, values: Sequence[Any]) -> Steps | None:
             )
             for source in facts.sources
         )
-        facts = facts._replace(sources=sources, columns=(low, high))
-        steps.append(Step(Moved(row_map), facts))
+        moved = replace(facts, sources=sources, columns=(low, high), is_leaf=False)
+        steps.append(Step(Moved(row_map), moved))
     return steps
 
 
-def _turned(equation: Equation, values: Sequence[Any]) -> Steps | None:
+def _turned(equation: Equation, values: Sequence[Known]) -> Steps | None:
     """An image, with nothing known except where it comes from."""
-    if equation.primitive.name != "transpose" or values[0].facts.partial:
+    facts = values[0]
+    if equation.primitive.name != "transpose" or not is_table(facts) or facts.partial:
         return None
-    return [Step(Turned(), values[0].facts._replace(usable=False))]
+    return [Step(Turned(), replace(facts, usable=False, is_leaf=False))]
 
 
-def _rule_keeps_rows(equation: Equation, values: Sequence[Any]) -> bool:
+def _rule_keeps_rows(equation: Equation, values: Sequence[Known]) -> bool:
     program = jaxprs.called_program(equation)
     assert program is not None
     tables = [i for i, value in enumerate(values) if is_table(value)]
@@ -234,21 +214,20 @@ def _rule_keeps_rows(equation: Equation, values: Sequence[Any]) -> bool:
     )
 
 
-def _results(program: Program, operands: Sequence[Any]) -> list[Any] | None:
+def _results(program: Program, operands: Sequence[Known]) -> list[Known] | None:
     """What a program makes of images, or None if it does not keep rows apart."""
 
-    def step(equation: Equation, operands: list[Any]) -> Sequence[Any]:
+    def step(equation: Equation, operands: list[Known]) -> Sequence[Known]:
         if not any(map(is_table, operands)):
             return [True] * len(equation.outvars)
         name = equation.primitive.name
+        results: list[Known] | None = None
         if name in jaxprs.CALLS:
-            called = jaxprs.called_program(equation)
-            results = called and _results(called, operands)
+            [called] = jaxprs.programs_of(equation)
+            results = _results(called, operands)
         else:
-            way = _way(equation, operands)
-            facts = _combined(equation, operands) if way else None
-            steps = [Step(way, facts)] * len(equation.outvars) if facts else None
-            results = steps and images(equation, operands, steps)
+            facts = _combined(equation, operands) if _way(equation, operands) else None
+            results = [facts] * len(equation.outvars) if facts else None
         if (
             not results
             or as_gather.is_concatenation(equation)

@@ -26,13 +26,13 @@ It is a `Lookup` with the batch (2,), the sizes (1, 2) and one row axis.
 import functools
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.lax import GatherDimensionNumbers, GatherScatterMode
+from jax.typing import ArrayLike
 
 from monolith_optax._rows.programs import jaxprs
 
@@ -56,7 +56,7 @@ class Lookup:
     numbers: GatherDimensionNumbers
     sizes: tuple[int, ...]
     mode: GatherScatterMode
-    fill: Any
+    fill: ArrayLike
     row_axes: int
 
     @property
@@ -75,7 +75,7 @@ class Lookup:
         return math.prod(self.shape[: self.row_axes])
 
     @property
-    def ids_dtype(self) -> Any:
+    def ids_dtype(self) -> np.dtype:
         """The dtype of ids, 32 bits if they are enough."""
         few = self.num_rows <= np.iinfo(np.int32).max
         return np.dtype(np.int32 if few else np.int64)
@@ -85,15 +85,16 @@ class Lookup:
         """How many rows there are to each index of the first axis."""
         return math.prod(self.shape[1 : self.row_axes])
 
-    def ids(self, indices: Any) -> tuple[jax.Array, jax.Array | None]:
+    def ids(self, indices: ArrayLike) -> tuple[jax.Array, jax.Array | None]:
         """The ids of the rows that are taken, and which of them are in the table.
 
         Those that are not are the ids of other rows; all are if there is None.
         """
         indices = wide(indices)
-        ids = self._along(0, indices)
+        along = self._along(0, indices)
         for axis in range(1, self.row_axes):
-            ids = ids * self.shape[axis] + self._along(axis, indices)
+            along = along * self.shape[axis] + self._along(axis, indices)
+        ids = jnp.asarray(along)
         if ids.shape != self.ids_shape:
             ids = jnp.broadcast_to(ids, self.batch + self.windows)
             ids = ids.reshape(self.ids_shape)
@@ -101,13 +102,13 @@ class Lookup:
             return ids, None
         inside = [
             start == self._clipped(axis, start)
-            for axis in self.numbers.start_index_map
+            for which, axis in enumerate(self.numbers.start_index_map)
             if axis < self.row_axes or self.sizes[axis] == self.shape[axis]
-            for start in [self._start(axis, indices)]
+            for start in [indices[..., which]]
         ]
         return ids, functools.reduce(jnp.logical_and, inside)
 
-    def _along(self, axis: int, indices: jax.Array) -> Any:
+    def _along(self, axis: int, indices: jax.Array) -> jax.Array | np.ndarray:
         """Where along a row axis the rows are, an axis for each of the result."""
         window = np.arange(self.sizes[axis], dtype=self.ids_dtype)
         after = self.row_axes - axis - 1
@@ -116,7 +117,7 @@ class Lookup:
         if start is None:
             return window
         if axis in self.numbers.start_index_map:
-            start = self._clipped(axis, self._seen(axis, start))
+            start = self._clipped(axis, self._seen(axis, jnp.asarray(start)))
         start = jnp.asarray(start, self.ids_dtype)
         if self.windows == (1,):
             return start
@@ -151,7 +152,9 @@ class Lookup:
         )
         return start + windows.sum((last, last + 1), dtype=start.dtype)
 
-    def result(self, rows: jax.Array, indices: jax.Array, valid: Any) -> jax.Array:
+    def result(
+        self, rows: jax.Array, indices: jax.Array, valid: jax.Array | None
+    ) -> jax.Array:
         """What the equation gives, from the rows with the ids."""
         columns = self.shape[self.row_axes :]
         rows = rows.reshape(*self.batch, *self.windows, *columns)
@@ -164,7 +167,7 @@ class Lookup:
         valid = jnp.expand_dims(valid, self.numbers.offset_dims)
         return jnp.where(valid, result, jnp.asarray(self.fill, result.dtype))
 
-    def _start(self, axis: int, indices: jax.Array) -> Any:
+    def _start(self, axis: int, indices: jax.Array) -> jax.Array | np.ndarray | None:
         """Where windows start along an axis, with the shape of the batch or with 1s."""
         numbers = self.numbers
         if axis in numbers.start_index_map:
@@ -201,20 +204,23 @@ class Lookup:
         batch = len(self.batch)
         columns = range(self.row_axes, len(self.shape))
         starts = {axis: self._start(axis, wide(indices)) for axis in columns}
-        axes = [axis for axis, start in starts.items() if start is not None]
-        along_batch = [jnp.broadcast_to(starts[axis], self.batch) for axis in axes]
+        along_batch = {
+            axis: jnp.broadcast_to(start, self.batch)
+            for axis, start in starts.items()
+            if start is not None
+        }
         numbers = GatherDimensionNumbers(
             offset_dims=self.numbers.offset_dims,
             collapsed_slice_dims=tuple(
                 batch + axis for axis in range(len(self.shape)) if self._dropped(axis)
             ),
-            start_index_map=tuple(batch + axis for axis in axes),
+            start_index_map=tuple(batch + axis for axis in along_batch),
             operand_batching_dims=tuple(range(batch)),
             start_indices_batching_dims=tuple(range(batch)),
         )
         result: jax.Array = lax.gather(
             rows,
-            jnp.stack(along_batch, -1),
+            jnp.stack([*along_batch.values()], -1),
             numbers,
             slice_sizes=((1,) * batch) + self.sizes,
             mode=self.mode,
@@ -223,7 +229,7 @@ class Lookup:
         return result
 
 
-def wide(indices: Any) -> jax.Array:
+def wide(indices: ArrayLike) -> jax.Array:
     """Indices in a dtype that holds every size."""
     array: jax.Array = jnp.asarray(indices)
     return array if array.dtype.itemsize >= 4 else array.astype(jnp.int32)

@@ -5,12 +5,20 @@ no gradient, whatever is done with it.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TypeGuard
 
 import jax.numpy as jnp
 
 from monolith_optax._rows.programs import jaxprs
-from monolith_optax._rows.programs.jaxprs import Equation, Program, is_variable, type_of
+from monolith_optax._rows.programs.jaxprs import (
+    Atom,
+    Equation,
+    Jaxpr,
+    Program,
+    Variable,
+    is_variable,
+    type_of,
+)
 
 # For each of some values whether gradients flow through it.
 Flags = tuple[bool, ...]
@@ -20,9 +28,9 @@ class GradientFlow:
     """Follows gradients backwards through programs; each program is read once."""
 
     def __init__(self) -> None:
-        self._known: dict[tuple[Any, Flags], set[Any]] = {}
+        self._known: dict[tuple[Jaxpr, Flags], set[Variable]] = {}
 
-    def through(self, program: Program, results: Sequence[bool]) -> set[Any]:
+    def through(self, program: Program, results: Sequence[bool]) -> set[Variable]:
         """The variables of a program that get a gradient, if some results do."""
         key = program.jaxpr, tuple(results)
         if key not in self._known:
@@ -34,7 +42,7 @@ class GradientFlow:
         found = self.through(program, results)
         return [variable in found for variable in program.jaxpr.invars]
 
-    def _read(self, jaxpr: Any, results: Flags) -> set[Any]:
+    def _read(self, jaxpr: Jaxpr, results: Flags) -> set[Variable]:
         pairs = zip(jaxpr.outvars, results, strict=True)
         found = {atom for atom, flows in pairs if flows and _may_have_gradient(atom)}
         for equation in reversed(jaxpr.eqns):
@@ -78,5 +86,5 @@ class GradientFlow:
             flags[:num_carry] = carry
 
 
-def _may_have_gradient(atom: Any) -> bool:
+def _may_have_gradient(atom: Atom) -> TypeGuard[Variable]:
     return is_variable(atom) and jnp.issubdtype(type_of(atom).dtype, jnp.inexact)

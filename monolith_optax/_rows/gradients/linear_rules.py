@@ -8,14 +8,13 @@ follow only from that row: a sum over rows, as the cotangent of a scale is, must
 back to rows. Both are proved from its program.
 """
 
-from collections.abc import Callable, Collection, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from monolith_optax._rows.gradients.row_images import is_table, which_tables
+from monolith_optax._rows.gradients.image_facts import Known, is_table, which_tables
 from monolith_optax._rows.gradients.rule_lookups import Rule
 from monolith_optax._rows.programs import jaxprs, row_rules
 from monolith_optax._rows.programs.custom_rules import (
@@ -23,8 +22,11 @@ from monolith_optax._rows.programs.custom_rules import (
     run_with_derivatives,
 )
 from monolith_optax._rows.programs.jaxprs import (
+    Atom,
     Equation,
+    Literal,
     Program,
+    Variable,
     is_variable,
     type_of,
 )
@@ -32,12 +34,13 @@ from monolith_optax._rows.programs.primitives import HINTS
 from monolith_optax._rows.programs.row_values import MixesRowsError, Rows, Whole
 from monolith_optax._rows.programs.run_on_rows import Runner
 from monolith_optax._rows.slices.row_access import Table
+from monolith_optax._rows.types import ArrayType
 
 # What a value is as a function of the cotangents.
 _FREE, _ZERO, _LINEAR, _OTHER = range(4)
 
 
-def check_rule(equation: Equation, values: Sequence[Any]) -> bool:
+def check_rule(equation: Equation, values: Sequence[Known]) -> bool:
     """Whether a function with a rule can be given some rows of its operands."""
     is_jvp = equation.primitive.name == "custom_jvp_call"  # linear as JAX asks for it
     if not is_jvp and equation.params.get("symbolic_zeros"):
@@ -54,20 +57,20 @@ def check_rule(equation: Equation, values: Sequence[Any]) -> bool:
     return True
 
 
-def _on_two_rows(equation: Equation, values: Sequence[Any]) -> Any:
+def _on_two_rows(equation: Equation, values: Sequence[Known]) -> list[jax.Array]:
     """Function and rule on rows; what is computed with them does not matter."""
     types = list(map(type_of, equation.invars))
     shape = next(t.shape for t, v in zip(types, values, strict=True) if is_table(v))
     ids = jnp.zeros(2, jnp.int32)
     inputs = differentiable(equation.invars)
 
-    def arrays(value: Any, aval: Any) -> Any:
+    def zeros(value: Known, aval: ArrayType) -> jax.Array:
         size = (2, *aval.shape[1:]) if is_table(value) else aval.shape
         return jnp.zeros(size, aval.dtype)
 
-    given = [arrays(v, t) for v, t in zip(values, types, strict=True)]
+    given = [zeros(v, t) for v, t in zip(values, types, strict=True)]
 
-    def function(*some: Any) -> Any:
+    def function(*some: jax.Array) -> list[jax.Array]:
         table = Table("the table", shape[0], ids)
         runner = Runner([table])
         changed = dict(zip(inputs, some, strict=True))
@@ -83,7 +86,8 @@ def _on_two_rows(equation: Equation, values: Sequence[Any]) -> Any:
         return [results[i].at(table) for i in differentiable(equation.outvars)]
 
     results, pull = jax.vjp(function, *(given[i] for i in inputs))
-    return pull(results)
+    cotangents: list[jax.Array] = pull(results)
+    return cotangents
 
 
 def _keeps_rows(rule: Rule, tables: Collection[int]) -> bool:
@@ -93,12 +97,12 @@ def _keeps_rows(rule: Rule, tables: Collection[int]) -> bool:
     return _keeps(rule.program, wanted, by_row)
 
 
-def _keeps(program: Program, wanted: Iterable[Any], by_row: set[Any]) -> bool:
+def _keeps(program: Program, wanted: Sequence[Atom], by_row: set[Variable]) -> bool:
     """Whether some variables of a program have rows that follow from those of others.
 
     Those that have rows are added to `by_row`.
     """
-    needed = jaxprs.needed(program, list(filter(is_variable, wanted)), ())
+    needed = jaxprs.needed(program, wanted, ())
     for equation in program.jaxpr.eqns:
         rows = [is_variable(atom) and atom in by_row for atom in equation.invars]
         if not any(rows):
@@ -121,12 +125,12 @@ def _is_linear(rule: Rule) -> bool:
     """Whether all cotangents that a rule gives are linear in those that it gets."""
     if rule.program.effects:
         return False
-    values: dict[Any, int] = dict.fromkeys(rule.cotangents, _LINEAR)
+    values: dict[Variable, int] = dict.fromkeys(rule.cotangents, _LINEAR)
 
-    def read(atom: Any) -> int:
-        if is_variable(atom):
-            return values.get(atom, _FREE)
-        return _FREE if np.any(atom.val) else _ZERO
+    def read(atom: Atom) -> int:
+        if isinstance(atom, Literal):
+            return _FREE if np.any(atom.val) else _ZERO
+        return values.get(atom, _FREE)
 
     for equation in rule.program.jaxpr.eqns:
         kind = _kind(equation, [read(atom) for atom in equation.invars])

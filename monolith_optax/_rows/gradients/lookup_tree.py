@@ -2,10 +2,17 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Generic, NamedTuple, TypeAlias, TypeVar
 
+import jax
+import numpy as np
+
+from monolith_optax._rows.gradients.follow_rows import Step
 from monolith_optax._rows.gradients.gather import Lookup
 from monolith_optax._rows.programs.jaxprs import ShardMap
+from monolith_optax._rows.types import ArrayType, Shape
+
+One = TypeVar("One")
 
 
 class Found(NamedTuple):
@@ -25,13 +32,13 @@ class Found(NamedTuple):
 
     lookup: Lookup | None
     tables: tuple[tuple[int, int], ...]
-    ids_shape: tuple[int, ...]
-    ids_dtype: Any
+    ids_shape: Shape
+    ids_dtype: np.dtype
     varying: frozenset[str]
     has_gradient: bool
     place: str
 
-    def zeros_shapes(self, types: Sequence[Any]) -> list[tuple[int, ...]]:
+    def zeros_shapes(self, types: Sequence[ArrayType]) -> list[Shape]:
         """For each of the tables, the shape of the rows."""
         return [
             (*self.ids_shape, *types[leaf].shape[rows:]) for leaf, rows in self.tables
@@ -42,7 +49,7 @@ class Found(NamedTuple):
         return self._replace(ids_shape=(*sizes, *self.ids_shape))
 
 
-class Each(NamedTuple):
+class Each(NamedTuple, Generic[One]):
     """Something for each lookup of an equation.
 
     Attributes:
@@ -51,12 +58,18 @@ class Each(NamedTuple):
       programs: for the lookups in each of the programs that it runs.
     """
 
-    taken: dict[int, Any]
-    lookups: list[Any]
-    programs: list["dict[int, Each]"]
+    taken: dict[int, One]
+    lookups: list[One]
+    programs: list["EachOf[One]"]
 
 
-NO_IDS = Each({}, [], [])
+# Something for each lookup of a program, by equations.
+EachOf: TypeAlias = dict[int, Each[One]]
+
+# Arrays of one lookup: one for each of its tables.
+Arrays: TypeAlias = list[jax.Array]
+
+NO_IDS: Each[Arrays] = Each({}, [], [])
 
 
 @dataclass(frozen=True)
@@ -78,7 +91,7 @@ class Node:
     programs: Sequence["Tree"] = ()
     images: frozenset[int] = frozenset()
     passed: Mapping[int, int] = field(default_factory=dict)
-    steps: Sequence[Any] = ()
+    steps: Sequence[Step] = ()
     all_runs: Callable[[Found], Found] = lambda found: found
 
 
@@ -87,16 +100,13 @@ class Node:
 Tree = dict[int, Node]
 RESULTS = -1
 
-# Arrays for each lookup, by equations.
-Arrays = dict[int, Each]
 
-
-def for_each(tree: Tree, make: Callable[[Found], Any]) -> Arrays:
+def for_each(tree: Tree, make: Callable[[Found], One]) -> EachOf[One]:
     """What is made of each lookup; a lookup in a loop is all of its runs."""
     return {index: of_node(tree[index], make) for index in sorted(tree)}
 
 
-def of_node(node: Node, make: Callable[[Found], Any]) -> Each:
+def of_node(node: Node, make: Callable[[Found], One]) -> Each[One]:
     """What is made of each lookup of one equation."""
     return Each(
         {operand: make(node.taken[operand]) for operand in sorted(node.taken)},
@@ -105,7 +115,7 @@ def of_node(node: Node, make: Callable[[Found], Any]) -> Each:
     )
 
 
-def inside(node: Node, make: Callable[[Found], Any]) -> list[Arrays]:
+def inside(node: Node, make: Callable[[Found], One]) -> list[EachOf[One]]:
     """What is made of each lookup in one run of the programs of an equation."""
     return [for_each(tree, make) for tree in node.programs]
 

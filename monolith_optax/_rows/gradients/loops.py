@@ -1,41 +1,50 @@
 """Loops and conditionals given tables (`constructs.py` says what that means)."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Collection, Sequence
+from typing import TypeAlias
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
+from monolith_optax._rows.gradients.add_zeros import Run
+from monolith_optax._rows.gradients.find_lookups import Finder
+from monolith_optax._rows.gradients.image_facts import (
+    Known,
+    is_data,
+    which_tables,
+    without_other_images,
+)
 from monolith_optax._rows.gradients.lookup_tree import (
     Arrays,
     Each,
+    EachOf,
     Found,
     Node,
     Tree,
     for_each,
 )
-from monolith_optax._rows.gradients.row_images import (
-    is_data,
-    which_tables,
-    without_other_images,
-)
+from monolith_optax._rows.gradients.row_images import Value
 from monolith_optax._rows.programs import jaxprs
 from monolith_optax._rows.programs.jaxprs import Equation, Program
+
+# The results of a branch, and the ids of the rows that each branch looks up.
+Branch: TypeAlias = tuple[Arrays, list[EachOf[Arrays]]]
 
 
 class Cond:
     """A choice between programs."""
 
     def find(
-        self, finder: Any, equation: Equation, operands: list[Any]
-    ) -> tuple[list[Any], Node]:
+        self, finder: Finder, equation: Equation, operands: list[Known]
+    ) -> tuple[Sequence[Known], Node]:
         what = f"is an index of {finder.place(equation)}"
-        taken = finder.otherwise(equation, operands, [0], what)
+        taken = finder.otherwise(equation, operands, {0: what})
         index, *operands = without_other_images(operands)
         trees, results = [], [[is_data(index)] * len(equation.outvars)]
         for branch in jaxprs.branches(equation):
 
-            def find(branch: Program = branch) -> Any:
+            def find(branch: Program = branch) -> tuple[list[bool], Tree]:
                 active = finder.active(equation)
                 found, tree = finder.program(branch, operands, active)
                 finder.results(branch, found, active, tree, equation)
@@ -49,22 +58,27 @@ class Cond:
         return together, Node(taken, programs=trees, images=images)
 
     def run(
-        self, run: Any, equation: Equation, operands: list[Any], node: Node, zeros: Each
-    ) -> tuple[list[Any], Each]:
+        self,
+        run: Run,
+        equation: Equation,
+        operands: list[Value],
+        node: Node,
+        zeros: Each[Arrays],
+    ) -> tuple[Sequence[Value], Each[Arrays]]:
         index, *operands = operands
-        images = {i - 1: operands[i - 1] for i in node.images if i}
+        arrays, all_of = apart(run, operands, [i - 1 for i in node.images])
         padding = [_padding(tree) for tree in node.programs]
 
-        def branch(which: int, program: Program) -> Any:
-            def run_branch(arrays: list[Any], zeros: list[Arrays]) -> Any:
-                values = [images.get(i, array) for i, array in enumerate(arrays)]
-                tree = node.programs[which]
+        def branch(which: int, program: Program) -> Callable[..., Branch]:
+            def run_branch(
+                arrays: dict[int, jax.Array], zeros: list[EachOf[Arrays]]
+            ) -> Branch:
+                values, tree = all_of(arrays), node.programs[which]
                 results, ids = run.inside(program, values, tree, zeros[which])
                 return results, [*padding[:which], ids, *padding[which + 1 :]]
 
             return run_branch
 
-        arrays = [None if i in images else v for i, v in enumerate(operands)]
         branches = [branch(*each) for each in enumerate(jaxprs.branches(equation))]
         results, ids = lax.switch(index, branches, arrays, zeros.programs)
         return results, Each({}, [], ids)
@@ -74,8 +88,8 @@ class Scan:
     """A loop whose length is known."""
 
     def find(
-        self, finder: Any, equation: Equation, operands: list[Any]
-    ) -> tuple[list[Any], Node]:
+        self, finder: Finder, equation: Equation, operands: list[Known]
+    ) -> tuple[Sequence[Known], Node]:
         body, num_consts, num_carry = jaxprs.scan_parts(equation)
         end = num_consts + num_carry
         operands, taken = _with_constants(finder, equation, operands, num_consts)
@@ -96,13 +110,20 @@ class Scan:
         return results, node
 
     def run(
-        self, run: Any, equation: Equation, operands: list[Any], node: Node, zeros: Each
-    ) -> tuple[list[Any], Each]:
+        self,
+        run: Run,
+        equation: Equation,
+        operands: list[Value],
+        node: Node,
+        zeros: Each[Arrays],
+    ) -> tuple[Sequence[Value], Each[Arrays]]:
         body, num_consts, num_carry = jaxprs.scan_parts(equation)
         params, end = equation.params, num_consts + num_carry
-        constants, carry = operands[:num_consts], operands[num_consts:end]
+        constants, whole = operands[:num_consts], run.scope.whole
 
-        def step(carry: list[Any], inputs: Any) -> Any:
+        def step(
+            carry: Arrays, inputs: tuple[Arrays, EachOf[Arrays]]
+        ) -> tuple[Arrays, tuple[Arrays, EachOf[Arrays]]]:
             slices, zeros = inputs
             values = [*constants, *carry, *slices]
             results, ids = run.inside(body, values, node.programs[0], zeros)
@@ -110,8 +131,8 @@ class Scan:
 
         carry, (results, ids) = lax.scan(
             step,
-            carry,
-            (operands[end:], zeros.programs[0]),
+            list(map(whole, operands[num_consts:end])),
+            (list(map(whole, operands[end:])), zeros.programs[0]),
             length=params["length"],
             reverse=params["reverse"],
             unroll=params["unroll"],
@@ -123,15 +144,15 @@ class While:
     """A loop whose length is not known. JAX takes no gradient through it."""
 
     def find(
-        self, finder: Any, equation: Equation, operands: list[Any]
-    ) -> tuple[list[Any], Node]:
+        self, finder: Finder, equation: Equation, operands: list[Known]
+    ) -> tuple[Sequence[Known], Node]:
         loop = jaxprs.while_parts(equation)
         start = loop.num_condition_consts
         end = start + loop.num_body_consts
         operands, taken = _with_constants(finder, equation, operands, end)
         active = [any(finder.active(equation))] * len(equation.outvars)
 
-        def find() -> Any:
+        def find() -> tuple[list[Known], list[Tree]]:
             carry = slice(loop.num_body_consts, len(operands) - start)
             results, body = _loop(
                 finder, equation, loop.body, operands[start:], carry, active
@@ -151,52 +172,55 @@ class While:
         return results, node
 
     def run(
-        self, run: Any, equation: Equation, operands: list[Any], node: Node, zeros: Each
-    ) -> tuple[list[Any], Each]:
+        self,
+        run: Run,
+        equation: Equation,
+        operands: list[Value],
+        node: Node,
+        zeros: Each[Arrays],
+    ) -> tuple[Sequence[Value], Each[Arrays]]:
         loop = jaxprs.while_parts(equation)
         start = loop.num_condition_consts
         end = start + loop.num_body_consts
         constants = operands[:start], operands[start:end]
 
-        def of(which: int, program: Program) -> Callable[[list[Any]], list[Any]]:
-            def run_once(carry: list[Any]) -> list[Any]:
+        def of(which: int, program: Program) -> Callable[[Arrays], Arrays]:
+            def run_once(carry: Arrays) -> Arrays:
                 values = [*constants[which], *carry]
                 tree, added = node.programs[which], zeros.programs[which]
-                results: list[Any] = run.inside(program, values, tree, added)[0]
-                return results
+                return run.inside(program, values, tree, added)[0]
 
             return run_once
 
+        carry = list(map(run.scope.whole, operands[end:]))
         condition, body = of(0, loop.condition), of(1, loop.body)
-        results = lax.while_loop(
-            lambda carry: condition(carry)[0], body, operands[end:]
-        )
+        results = lax.while_loop(lambda carry: condition(carry)[0], body, carry)
         return results, Each({}, [], list(map(_padding, node.programs)))
 
 
 def _with_constants(
-    finder: Any, equation: Equation, operands: list[Any], num_consts: int
-) -> tuple[list[Any], Any]:
+    finder: Finder, equation: Equation, operands: list[Known], num_consts: int
+) -> tuple[list[Known], dict[int, Found]]:
     """Operands of a loop; only its constants are images of tables."""
     what = f"changes in {finder.place(equation)}"
-    changing = range(num_consts, len(operands))
-    taken = finder.otherwise(equation, operands, changing, what)
+    changing = dict.fromkeys(range(num_consts, len(operands)), what)
+    taken = finder.otherwise(equation, operands, changing)
     constants = without_other_images(operands[:num_consts])
     return [*constants, *map(is_data, operands[num_consts:])], taken
 
 
 def _loop(
-    finder: Any,
+    finder: Finder,
     equation: Equation,
     body: Program,
-    operands: list[Any],
+    operands: list[Known],
     carry: slice,
     active: list[bool],
-) -> tuple[list[Any], Tree]:
+) -> tuple[list[Known], Tree]:
     """A body whose carry is the same before and after it."""
     operands = list(operands)
     while True:
-        notes = finder.notes()
+        uses = finder.uses.copy()
         results, tree = finder.program(body, operands, active)
         finder.results(body, results, active, tree, equation)
         results = list(map(is_data, results))
@@ -205,14 +229,26 @@ def _loop(
         joined = [a or b for a, b in zip(before, after, strict=True)]
         if joined == before:
             return results, tree
-        finder.restore(notes)
+        finder.uses = uses
         operands[carry] = joined
 
 
-def _padding(tree: Tree) -> Arrays:
+def apart(
+    run: Run, operands: list[Value], images: Collection[int]
+) -> tuple[dict[int, jax.Array], Callable[[dict[int, jax.Array]], list[Value]]]:
+    """Operands that are arrays, and what puts such arrays back among the images."""
+
+    def all_of(arrays: dict[int, jax.Array]) -> list[Value]:
+        return [arrays.get(i, operand) for i, operand in enumerate(operands)]
+
+    arrays = {i: run.scope.whole(v) for i, v in enumerate(operands) if i not in images}
+    return arrays, all_of
+
+
+def _padding(tree: Tree) -> EachOf[Arrays]:
     """Ids of no rows, for lookups that are not done."""
 
-    def ids(found: Found) -> Any:
+    def ids(found: Found) -> Arrays:
         padding = jnp.full(found.ids_shape, -1, found.ids_dtype)
         return [jaxprs.as_varying(padding, found.varying)] * len(found.tables)
 

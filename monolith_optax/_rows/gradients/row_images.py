@@ -1,76 +1,22 @@
-"""Images of tables: values of a traced program that have a row for each of a table.
+"""Images of tables in a run of a program.
 
-Before a model looks rows up, it may cast a table, scale it, normalise its rows, or take
-a slice of it. As long as each row of the image depends only on one row of the tables,
-the image of the rows that are looked up is all that is needed, and nothing as large as
-a table is made.
+`image_facts.py` says what an image is. None is computed where its equation stands: a
+lookup asks for rows at some positions, and these are made of the rows of the operands
+there, down to those of tables.
 """
 
-import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+import math
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 
 from monolith_optax._rows.programs import jaxprs
-from monolith_optax._rows.programs.jaxprs import Equation, type_of
-
-
-class Source(NamedTuple):
-    """A table on whose rows an image depends.
-
-    Attributes:
-      leaf: which leaf of the parameters it is.
-      axes: how many axes it has.
-      part: which part of it, where devices have parts.
-      path: how each row's place in the table follows from that in the image.
-      row_axes: how many of the table's axes are rows, if that is fixed already.
-      partial: whether the image leaves out rows of the table.
-    """
-
-    leaf: int
-    axes: int
-    part: Any = None
-    path: tuple[Any, ...] = ()
-    row_axes: int | None = None
-    partial: bool = False
-
-    def rows_with(self, columns: int) -> int:
-        """How many axes are rows, if so many of the image's are columns."""
-        return self.axes - columns if self.row_axes is None else self.row_axes
-
-
-class Facts(NamedTuple):
-    """What is known of an image before it is computed.
-
-    Attributes:
-      sources: the tables on whose rows it depends. None for rows that come from
-        nowhere, such as a number broadcast to the shape of a table.
-      columns: how many of its last axes are columns, at least and at most; the others
-        are rows.
-      is_data: whether it depends on more than numbers that are part of the program.
-      usable: whether anything but a name is known of it: not if its rows are no longer
-        along the first axes. Nothing follows from such an image.
-      detached: whether no gradient comes back from it.
-    """
-
-    sources: frozenset[Source]
-    columns: tuple[int, int]
-    is_data: bool = True
-    usable: bool = True
-    detached: bool = False
-
-    @property
-    def leaves(self) -> frozenset[int]:
-        """The tables."""
-        return frozenset(source.leaf for source in self.sources)
-
-    @property
-    def partial(self) -> bool:
-        """Whether it leaves out rows of each of its tables."""
-        return all(source.partial for source in self.sources)
+from monolith_optax._rows.programs.jaxprs import Equation
+from monolith_optax._rows.programs.made_later import Done, made
+from monolith_optax._rows.slices.row_access import fetched
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,21 +25,16 @@ class Parameter:
 
     Attributes:
       leaf: which leaf it is.
-      array: the table; None while lookups are only being found.
+      array: the table.
       first_row: the row of the table with which this part begins.
-      facts: what is known of it; None when the program runs.
       is_spread: whether its rows have been looked up before the program runs, and are
         what is added to them.
     """
 
     leaf: int
-    array: Any = None
-    first_row: Any = 0
-    facts: Any = None
+    array: jax.Array
+    first_row: jax.Array | int = 0
     is_spread: bool = False
-
-
-_serial = itertools.count()
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,114 +46,119 @@ class Image:
       equation: the equation.
       operands: its operands, some of which are images.
       index: which of its results this is.
-      facts: what is known of it.
-      serial: larger than that of its operands.
     """
 
-    way: Any
+    way: "Way"
     equation: Equation
-    operands: Sequence[Any]
+    operands: "Sequence[Value]"
     index: int
-    facts: Facts
-    serial: int = field(default_factory=lambda: next(_serial))
+
+    def make(self, at: "Positions | None") -> "Making":
+        """Makes its rows at some positions, one after the other; None: all of it."""
+        if at is not None:
+            return (yield from self.way.rows(self, at))
+        arrays: list[jax.Array] = []
+        for value in self.operands:
+            arrays += [(yield from whole_of(value))]
+        return jaxprs.bind(self.equation, arrays)[self.index]
 
 
-VARYING = ("pvary",)  # it changes the type only
+Value: TypeAlias = Parameter | Image | jax.Array
+Making: TypeAlias = Generator[tuple[Image, "Positions | None"], jax.Array, jax.Array]
 
 
-class Known:
-    """A number that is written in a program, or computed from such numbers."""
+class Way(Protocol):
+    """How rows of a result follow from those of the operands."""
 
-    def __init__(self, equation: Equation | None, operands: Sequence[Any]) -> None:
-        self._equation, self._operands = equation, operands
-
-    def value(self) -> int:
-        """The number."""
-        if self._equation is None:
-            return int(self._operands[0])
-        if self._equation.primitive.name in VARYING:
-            return int(self._operands[0].value())
-        with jax.ensure_compile_time_eval():
-            operands = [
-                np.asarray(v.value(), t.dtype)
-                for v, t in zip(
-                    self._operands, map(type_of, self._equation.invars), strict=True
-                )
-            ]
-            return int(jaxprs.bind(self._equation, operands)[0])
+    def rows(self, image: Image, at: "Positions") -> Making:
+        """Makes the rows of the image at some positions, one after the other."""
 
 
-def is_image(value: Any) -> bool:
-    """Whether a value is an image of tables, or of none."""
-    return isinstance(value, Parameter | Image)
+class Positions:
+    """Positions in a batch, each with the id of a row that is inside an image.
+
+    Attributes:
+      ids: the ids.
+      outside: which of them stand for others that are not inside; none, if it is None.
+      row_axes: how many of the image's axes are rows.
+    """
+
+    def __init__(
+        self,
+        ids: jax.Array,
+        outside: jax.Array | None,
+        row_axes: int,
+        of_table: "Callable[[Parameter, Positions], jax.Array]",
+    ) -> None:
+        """Gives the ids, and what fetches rows of tables there."""
+        self.ids, self.outside, self.row_axes = ids, outside, row_axes
+        self._of_table = of_table
+        self._tables: dict[Parameter, jax.Array] = {}
+
+    @property
+    def count(self) -> int:
+        """How many there are."""
+        return math.prod(self.ids.shape)
+
+    def fetch(self, value: Parameter | jax.Array) -> jax.Array:
+        """The rows of a table or of an array that is there, one after the other."""
+        if isinstance(value, Parameter):
+            if value not in self._tables:
+                self._tables[value] = self._of_table(value, self)
+            return self._tables[value]
+        array, ids = jaxprs.alike([jnp.asarray(value), self.ids])
+        rows = fetched(array, ids, self.row_axes)
+        return rows.reshape(-1, *rows.shape[ids.ndim :])
+
+    def moved(self, ids: jax.Array, row_axes: int) -> "Positions":
+        """Other positions, of rows from which these follow."""
+        return Positions(ids, self.outside, row_axes, self._of_table)
+
+    def part(self, first_row: int, num_rows: int) -> tuple["Positions", jax.Array]:
+        """The positions in some of the rows, and which positions are in them.
+
+        The others are at rows that do not matter.
+        """
+        ids = self.ids - first_row
+        inside = (ids >= 0) & (ids < num_rows)
+        outside = ~inside
+        if self.outside is not None:  # one for each window of several rows
+            windows = (1,) * (inside.ndim - self.outside.ndim)
+            outside |= self.outside.reshape(self.outside.shape + windows)
+        ids = jnp.clip(ids, 0, max(num_rows - 1, 0))
+        part = Positions(ids, outside, self.row_axes, self._of_table)
+        return part, inside.reshape(-1)
 
 
-def leaves_of(values: Sequence[Any]) -> frozenset[int]:
-    """The tables that some values are images of."""
-    found = [value.facts.leaves for value in values if is_image(value)]
-    return frozenset().union(*found) if found else frozenset()
+def rows_of(value: Value, at: Positions) -> Making:
+    """Makes the rows of a value at some positions."""
+    return (yield value, at) if isinstance(value, Image) else at.fetch(value)
 
 
-def is_table(value: Any) -> bool:
-    """Whether a value is an image of at least one table."""
-    if isinstance(value, Parameter):
-        return True
-    return isinstance(value, Image) and bool(value.facts.sources)
-
-
-def is_data(value: Any) -> bool:
-    """Whether a value depends on data; of other values this is nearly all we know."""
-    return bool(value.facts.is_data if is_image(value) else value is True)
-
-
-def which_tables(values: Sequence[Any]) -> frozenset[int]:
-    """Which of some values are images of tables."""
-    return frozenset(i for i, value in enumerate(values) if is_table(value))
-
-
-def without_other_images(values: Sequence[Any]) -> list[Any]:
-    """Values, in which images of nothing are not images any more."""
-    return [is_data(v) if is_image(v) and not is_table(v) else v for v in values]
+def whole_of(value: Value) -> Making:
+    """Makes all of a value."""
+    if isinstance(value, Image):
+        return (yield value, None)
+    return value.array if isinstance(value, Parameter) else value
 
 
 class Scope:
-    """The whole arrays of images, in one run of a program.
+    """What has been made of images in one run of a program.
 
     Each run has its own: an array must not leave the trace in which it was made.
     """
 
     def __init__(self) -> None:
-        self._made: dict[int, Any] = {}
+        self._done: Done[Positions | None] = {}
 
-    def whole(self, value: Any) -> Any:
-        """All of an image, or the value itself."""
-        if not isinstance(value, Image):
-            return value.array if isinstance(value, Parameter) else value
-        for image in in_order(value, lambda image: image.operands, self._made):
-            self._made[image.serial] = jaxprs.bind(
-                image.equation, [self._known(v) for v in image.operands]
-            )[image.index]
-        return self._made[value.serial]
+    def rows(self, value: Value, at: Positions) -> jax.Array:
+        """The rows of a value at some positions, one after the other."""
+        if isinstance(value, Image):
+            return made(value, at, self._done)
+        return at.fetch(value)
 
-    def _known(self, value: Any) -> Any:
-        return (
-            self._made[value.serial] if isinstance(value, Image) else self.whole(value)
-        )
-
-
-def in_order(image: Image, needed: Any, done: Any) -> list[Image]:
-    """Images on which one depends, and it itself, each after what it depends on.
-
-    Args:
-      image: the image.
-      needed: the values on which an image depends.
-      done: the serial numbers of images that are not needed any more.
-    """
-    found: dict[int, Image] = {}
-    left = [image]
-    while left:
-        each = left.pop()
-        if each.serial not in found and each.serial not in done:
-            found[each.serial] = each
-            left += [value for value in needed(each) if isinstance(value, Image)]
-    return [found[serial] for serial in sorted(found)]
+    def whole(self, value: Value) -> jax.Array:
+        """All of a value."""
+        if isinstance(value, Image):
+            return made(value, None, self._done)
+        return value.array if isinstance(value, Parameter) else value

@@ -6,14 +6,14 @@ first axes of an array, the others its columns. A row id counts through all row 
 """
 
 import math
-from collections.abc import Hashable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from monolith_optax._rows.programs.jaxprs import Equation, type_of
-
-Shape = tuple[int, ...]
+from monolith_optax._rows.types import Shape
 
 
 class Along(NamedTuple):
@@ -45,18 +45,13 @@ class RowMap(NamedTuple):
     columns: int
     takes_all: bool
 
-    @property
-    def key(self) -> Hashable:
-        """Equal for equal maps."""
-        return self
-
-    def ids(self, ids: Any, columns: int) -> Any:
+    def ids(self, ids: jax.Array, columns: int) -> jax.Array:
         """The ids of rows in the operand, where so many last axes are columns."""
         if self.axes is None:
             return ids
         after = self.after[: len(self.after) - columns]
         before = self.before[: len(self.before) - columns]
-        result: Any = 0
+        result: jax.Array | int = 0
         for axis, size in enumerate(before):
             along, start, step = self.axes[axis]
             where = start if along is None else start + step * _index(ids, after, along)
@@ -64,7 +59,7 @@ class RowMap(NamedTuple):
         return ids * 0 + result
 
 
-def _index(ids: Any, shape: Shape, axis: int) -> Any:
+def _index(ids: jax.Array, shape: Shape, axis: int) -> jax.Array:
     """Where along an axis rows are."""
     later = math.prod(shape[axis + 1 :])
     if later != 1:

@@ -7,16 +7,29 @@ that are added to zeros, these rows are its gradient, and the zeros need not be 
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import jax
 import numpy as np
+from jax.typing import ArrayLike
 
 from monolith_optax._rows.gradients import as_gather
 from monolith_optax._rows.gradients.gather import Lookup
 from monolith_optax._rows.programs import jaxprs
 from monolith_optax._rows.programs.custom_rules import differentiable
-from monolith_optax._rows.programs.jaxprs import Equation, is_variable, type_of
+from monolith_optax._rows.programs.jaxprs import (
+    Atom,
+    Equation,
+    Literal,
+    Variable,
+    is_variable,
+    type_of,
+)
+
+Arrays: TypeAlias = Sequence[jax.Array]
+
+# What a function keeps for its rule: of its own, and the rows that get a gradient.
+Residuals: TypeAlias = tuple[Arrays, Arrays]
 
 
 class Scatter(NamedTuple):
@@ -29,8 +42,8 @@ class Scatter(NamedTuple):
     """
 
     lookup: Lookup
-    indices: Any
-    updates: Any
+    indices: Atom
+    updates: Atom
 
 
 class NotRowsError(Exception):
@@ -76,7 +89,7 @@ class Rule:
             raise NotRowsError("goes with prints or sums over devices")
         return self._added_to(self.gradients[operand], set())
 
-    def sources(self, variable: Any) -> tuple[list[int], list[Any]]:
+    def sources(self, variable: Atom) -> tuple[list[int], list[ArrayLike]]:
         """The operands and the constants on which a variable depends."""
         needed = jaxprs.needed(self.program, [variable], ())
         constants = zip(self.program.jaxpr.constvars, self.program.consts, strict=True)
@@ -85,7 +98,7 @@ class Rule:
             [value for constant, value in constants if constant in needed],
         )
 
-    def indices(self, operands: Sequence[Any], scatters: Sequence[Scatter]) -> Any:
+    def indices(self, operands: Arrays, scatters: Sequence[Scatter]) -> list[jax.Array]:
         """Where the rows are, for each of some scatters."""
         given = dict(zip(self.operands, operands, strict=True))
         wanted = [scatter.indices for scatter in scatters]
@@ -93,11 +106,11 @@ class Rule:
 
     def run(
         self,
-        operands: Sequence[Any],
+        operands: Arrays,
         tables: Sequence[int],
-        rows: Sequence[Any],
+        rows: Arrays,
         scatters: Sequence[Scatter],
-    ) -> list[Any]:
+    ) -> list[jax.Array]:
         """The results of the function, with gradients of rows in place of tables.
 
         Args:
@@ -112,20 +125,22 @@ class Rule:
         wanted += [each.indices for each in scatters]
         kept = self._kept(wanted)
 
-        def forward(operands: Any, rows: Any) -> Any:
+        def forward(operands: Arrays, rows: Arrays) -> tuple[Arrays, Residuals]:
             given = dict(zip(self.operands, operands, strict=True))
             all_wanted = [*self._results, *kept]
             values = jaxprs.evaluate(self.program, given, all_wanted)
             count = len(self._results)
             return values[:count], (values[count:], rows)
 
-        def backward(residuals: Any, cotangents: Any) -> Any:
+        def backward(
+            residuals: Residuals, cotangents: Arrays
+        ) -> tuple[list[jax.Array | None], Arrays]:
             values, rows = residuals
             given = dict(zip(kept, values, strict=True))
             some = [cotangents[i] for i in self._outputs]
             given.update(zip(self.cotangents, some, strict=True))
             found = iter(jaxprs.evaluate(self.program, given, wanted))
-            of_operands: list[Any] = [None] * len(self.operands)
+            of_operands: list[jax.Array | None] = [None] * len(self.operands)
             for i in others:
                 of_operands[i] = next(found)
             updates = [next(found) for _ in scatters]
@@ -134,10 +149,10 @@ class Rule:
 
         function = jax.custom_vjp(lambda operands, rows: forward(operands, rows)[0])
         function.defvjp(forward, backward)
-        results: list[Any] = function(list(operands), list(rows))
-        return results
+        results: Sequence[jax.Array] = function(list(operands), list(rows))
+        return list(results)
 
-    def _added_to(self, atom: Any, summed: set[int]) -> list[Scatter]:
+    def _added_to(self, atom: Atom, summed: set[int]) -> list[Scatter]:
         """What is added to zeros; some of its axes are then summed over."""
         if self._is_zero(atom):
             return []
@@ -163,8 +178,8 @@ class Rule:
             raise NotRowsError("gets its gradient in rows that depend on gradients")
         return [*self._added_to(before, summed), Scatter(lookup, indices, updates)]
 
-    def _is_zero(self, atom: Any) -> bool:
-        if not is_variable(atom):
+    def _is_zero(self, atom: Atom) -> bool:
+        if isinstance(atom, Literal):
             return not np.any(atom.val)
         equation = self._made_by.get(atom)
         return (
@@ -173,7 +188,7 @@ class Rule:
             and self._is_zero(equation.invars[0])
         )
 
-    def _kept(self, wanted: Sequence[Any]) -> list[Any]:
+    def _kept(self, wanted: Sequence[Atom]) -> list[Variable]:
         """The variables that the function keeps for its rule."""
         needed = jaxprs.needed(self.program, wanted, ())
         kept = dict.fromkeys(filter(is_variable, wanted))
@@ -191,8 +206,8 @@ def _both(equation: Equation) -> jaxprs.Program:
     """From operands and cotangents to results and cotangents."""
     inputs, outputs = differentiable(equation.invars), differentiable(equation.outvars)
 
-    def both(operands: list[Any], cotangents: list[Any]) -> Any:
-        def function(*some: Any) -> Any:
+    def both(operands: Arrays, cotangents: Arrays) -> tuple[Arrays, Arrays]:
+        def function(*some: jax.Array) -> tuple[Arrays, Arrays]:
             changed = dict(zip(inputs, some, strict=True))
             arrays = [changed.get(i, operand) for i, operand in enumerate(operands)]
             results = jaxprs.bind(equation, arrays)
@@ -207,9 +222,13 @@ def _both(equation: Equation) -> jaxprs.Program:
     return jaxprs.trace(both, operands, cotangents)[0]
 
 
-def _cotangent_of_rows(scatter: Scatter, rows: Any, updates: Any, indices: Any) -> Any:
+def _cotangent_of_rows(
+    scatter: Scatter, rows: jax.Array, updates: jax.Array, indices: jax.Array
+) -> jax.Array:
     _, valid = scatter.lookup.ids(indices)
     result, pull = jax.vjp(
         lambda rows: scatter.lookup.result(rows, indices, valid), rows
     )
-    return pull(updates.astype(result.dtype))[0]
+    [cotangent] = pull(updates.astype(result.dtype))
+    found: jax.Array = cotangent
+    return found

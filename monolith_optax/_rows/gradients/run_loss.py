@@ -1,13 +1,17 @@
 """A traced loss that runs with something added to the rows that it looks up."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
-from monolith_optax._rows.gradients.add_zeros import add
+from monolith_optax._rows.gradients.add_zeros import Run
 from monolith_optax._rows.gradients.choose_tables import Choice
-from monolith_optax._rows.gradients.lookup_tree import Found, for_each, lookups_of
+from monolith_optax._rows.gradients.constructs import CONSTRUCTS
+from monolith_optax._rows.gradients.lookup_tree import (
+    Arrays,
+    Found,
+    for_each,
+    lookups_of,
+)
 from monolith_optax._rows.gradients.row_images import Parameter
 from monolith_optax._rows.gradients.spread_rows import (
     SpreadRows,
@@ -51,10 +55,12 @@ class LossRun:
             else dense[i]
             for i, leaf in enumerate(self._loss.leaves)
         ]
-        (value, *aux), ids = add(self._loss.program, operands, self._choice.tree, rows)
+        (value, *aux), ids = Run(CONSTRUCTS).inside(
+            self._loss.program, operands, self._choice.tree, rows
+        )
         return value, (aux, ids)
 
-    def _zeros(self, found: Found) -> list[Any]:
+    def _zeros(self, found: Found) -> Arrays:
         types = self._loss.types
         pairs = zip(found.tables, found.zeros_shapes(types), strict=True)
         # Minus zero: plus zero would make plus zeros of rows of minus zeros.
@@ -66,7 +72,7 @@ class LossRun:
     def _look_up(self) -> None:
         zeros, structure = jax.tree.flatten(self.rows)
 
-        def ids_of(rows: list[Any]) -> list[Any]:
+        def ids_of(rows: Arrays) -> Arrays:
             _, (_, ids) = self(self.dense, jax.tree.unflatten(structure, rows))
             return jax.tree.leaves(ids)
 

@@ -1,53 +1,59 @@
 """`shard_map` given tables (`constructs.py` says what that means)."""
 
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 import numpy as np
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from monolith_optax._rows.gradients.lookup_tree import (
-    Each,
-    Found,
-    Node,
-    device_axes,
-    inside,
-)
-from monolith_optax._rows.gradients.row_images import (
-    Parameter,
+from monolith_optax._rows.gradients.add_zeros import Run
+from monolith_optax._rows.gradients.find_lookups import Finder
+from monolith_optax._rows.gradients.image_facts import (
+    Known,
     is_data,
     is_table,
     which_tables,
 )
+from monolith_optax._rows.gradients.lookup_tree import (
+    Arrays,
+    Each,
+    EachOf,
+    Found,
+    Node,
+    Tree,
+    device_axes,
+    inside,
+)
+from monolith_optax._rows.gradients.row_images import Parameter, Value
 from monolith_optax._rows.programs import jaxprs
 from monolith_optax._rows.programs.jaxprs import Equation
+from monolith_optax._rows.types import Mesh
 
 
 class ShardMap:
     """A program that runs on each device, with its part of some tables."""
 
     def find(
-        self, finder: Any, equation: Equation, operands: list[Any]
-    ) -> tuple[list[Any], Node]:
+        self, finder: Finder, equation: Equation, operands: list[Known]
+    ) -> tuple[Sequence[Known], Node]:
         parts, place = jaxprs.shard_map_parts(equation), finder.place(equation)
         operands = list(operands)
-        taken: dict[int, Found] = {}
+        reasons: dict[int, str] = {}
         for i, (value, spec) in enumerate(zip(operands, parts.in_specs, strict=True)):
             if not is_table(value):
                 operands[i] = is_data(value)
             elif any(names is not None for names in spec[1:]):
-                what = f"is split by columns before {place}"
-                taken |= finder.otherwise(equation, operands, [i], what)
-            elif not isinstance(value, Parameter):
-                what = f"is computed with before {place}"
-                taken |= finder.otherwise(equation, operands, [i], what)
+                reasons[i] = f"is split by columns before {place}"
+            elif not value.is_leaf:
+                reasons[i] = f"is computed with before {place}"
             else:
-                split = spec[0] if len(spec) else None
-                operands[i] = finder.parameter(value.leaf, split)
+                [leaf], split = value.leaves, spec[0] if len(spec) else None
+                operands[i] = finder.parameter(leaf, split)
+        taken = finder.otherwise(equation, operands, reasons)
         images = which_tables(operands)
 
-        def find() -> Any:
+        def find() -> tuple[list[bool], Tree]:
             active = finder.active(equation)
             results, tree = finder.program(parts.body, operands, active)
             finder.results(parts.body, results, active, tree, equation)
@@ -67,21 +73,29 @@ class ShardMap:
         )
 
     def run(
-        self, run: Any, equation: Equation, operands: list[Any], node: Node, zeros: Each
-    ) -> tuple[list[Any], Each]:
+        self,
+        run: Run,
+        equation: Equation,
+        operands: list[Value],
+        node: Node,
+        zeros: Each[Arrays],
+    ) -> tuple[Sequence[Value], Each[Arrays]]:
         parts = jaxprs.shard_map_parts(equation)
 
         def first_axis(found: Found) -> list[PartitionSpec]:
             return [PartitionSpec(device_axes(parts, found))] * len(found.tables)
 
         [first] = inside(node, first_axis)
-        arrays = [v.array if isinstance(v, Parameter) else v for v in operands]
+        arrays = list(map(run.scope.whole, operands))
 
-        def body(arrays: list[Any], zeros: Any) -> Any:
-            values = list(arrays)
-            for i in node.images:
-                row = _first_row(parts.in_specs[i], arrays[i])
-                values[i] = Parameter(operands[i].leaf, arrays[i], row)
+        def body(
+            arrays: list[jax.Array], zeros: EachOf[Arrays]
+        ) -> tuple[list[jax.Array], EachOf[Arrays]]:
+            values: list[Value] = [*arrays]
+            for i, (operand, array) in enumerate(zip(operands, arrays, strict=True)):
+                if isinstance(operand, Parameter):
+                    row = _first_row(parts.in_specs[i], array)
+                    values[i] = Parameter(operand.leaf, array, row)
             zeros = jax.tree.map(lambda array: array[0], zeros)
             results, ids = run.inside(parts.body, values, node.programs[0], zeros)
             return results, jax.tree.map(lambda array: array[None], ids)
@@ -103,14 +117,14 @@ class ShardMap:
         return results, Each({}, [], [ids])
 
 
-def _first_row(spec: PartitionSpec, array: jax.Array) -> Any:
+def _first_row(spec: PartitionSpec, array: jax.Array) -> jax.Array | int:
     """The row of a table with which a device's part of it begins."""
     if not len(spec) or spec[0] is None:
         return 0
     return lax.axis_index(spec[0]) * len(array)
 
 
-def _placed(array: jax.Array, mesh: Any, spec: PartitionSpec) -> jax.Array:
+def _placed(array: jax.Array, mesh: Mesh, spec: PartitionSpec) -> jax.Array:
     """An array as a `shard_map` takes it, on a mesh whose axes are in types."""
     if AxisType.Explicit not in mesh.axis_types:
         return array

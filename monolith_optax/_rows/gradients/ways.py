@@ -2,25 +2,26 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
 
 import jax
 import jax.numpy as jnp
 
-from monolith_optax._rows.gradients import row_maps
-from monolith_optax._rows.gradients.positions import Positions
-from monolith_optax._rows.gradients.row_images import VARYING, Image, is_image
+from monolith_optax._rows.gradients.gather import Lookup
+from monolith_optax._rows.gradients.image_facts import VARYING
+from monolith_optax._rows.gradients.row_images import (
+    Image,
+    Making,
+    Positions,
+    rows_of,
+    whole_of,
+)
+from monolith_optax._rows.gradients.row_maps import RowMap
 from monolith_optax._rows.programs import jaxprs, row_rules
+from monolith_optax._rows.programs.custom_rules import run_with_derivatives
 from monolith_optax._rows.programs.jaxprs import type_of
-
-
-class Way(Protocol):
-    """How rows of a result follow from those of the operands."""
-
-    moves: ClassVar[bool]  # whether these are at other positions
-
-    def rows(self, image: Image, at: Positions) -> Any:
-        """The rows of the image at some positions, one after the other."""
+from monolith_optax._rows.programs.row_values import Rows, Value, Whole
+from monolith_optax._rows.programs.run_on_rows import Runner
+from monolith_optax._rows.slices.row_access import Table, fetched
 
 
 @dataclass(frozen=True)
@@ -28,17 +29,13 @@ class Planned:
     """An equation that applies to other numbers of rows."""
 
     plan: row_rules.Plan
-    moves: ClassVar[bool] = False
 
-    def rows(self, image: Image, at: Positions) -> Any:
-        name = image.equation.primitive.name
-        arrays = [
-            (at.rows(value) if is_image(value) else at.gather(value))
-            if needed
-            else at.scope.whole(value)
-            for needed, value in zip(self.plan.by_row, image.operands, strict=True)
-        ]
-        if name in VARYING:
+    def rows(self, image: Image, at: Positions) -> Making:
+        arrays = []
+        for by_row, value in zip(self.plan.by_row, image.operands, strict=True):
+            making = rows_of(value, at) if by_row else whole_of(value)
+            arrays.append((yield from making))
+        if image.equation.primitive.name in VARYING:
             return arrays[0]  # rows vary as their ids do already
         return self.plan.apply(at.count, arrays)[image.index]
 
@@ -47,24 +44,20 @@ class Planned:
 class Moved:
     """Rows that are only taken, by constants."""
 
-    row_map: row_maps.RowMap
-    moves: ClassVar[bool] = True
+    row_map: RowMap
 
-    def rows(self, image: Image, at: Positions) -> Any:
+    def rows(self, image: Image, at: Positions) -> Making:
         columns = len(self.row_map.after) - at.row_axes
-        there = at.moved(
-            self.row_map.ids(at.ids, columns), len(self.row_map.before) - columns
-        )
-        return there.rows(image.operands[0])
+        row_axes = len(self.row_map.before) - columns
+        there = at.moved(self.row_map.ids(at.ids, columns), row_axes)
+        return (yield from rows_of(image.operands[0], there))
 
 
 @dataclass(frozen=True)
 class Concatenated:
     """Rows of arrays that come one after the other."""
 
-    moves: ClassVar[bool] = True
-
-    def rows(self, image: Image, at: Positions) -> Any:
+    def rows(self, image: Image, at: Positions) -> Making:
         result, first_row = None, 0
         for atom, value in zip(image.equation.invars, image.operands, strict=True):
             num_rows = type_of(atom).shape[0]
@@ -72,12 +65,13 @@ class Concatenated:
             first_row += num_rows
             if num_rows == 0:
                 continue
-            here = part.rows(value) if is_image(value) else part.gather(value)
+            here = yield from rows_of(value, part)
             inside = inside.reshape(-1, *[1] * (here.ndim - 1))
             if result is not None:
                 inside, here, result = jaxprs.alike([inside, here, result])
                 here = jnp.where(inside, here, result)
             result = here
+        assert result is not None
         return result
 
 
@@ -85,12 +79,12 @@ class Concatenated:
 class Changed:
     """Rows of an array in which one has been changed."""
 
-    row: Any
-    moves: ClassVar[bool] = False
+    row: Lookup
 
-    def rows(self, image: Image, at: Positions) -> Any:
-        before = at.rows(image.operands[0])
-        indices, update = map(at.scope.whole, image.operands[1:])
+    def rows(self, image: Image, at: Positions) -> Making:
+        before = yield from rows_of(image.operands[0], at)
+        indices = yield from whole_of(image.operands[1])
+        update = yield from whole_of(image.operands[2])
         row, valid = self.row.ids(indices)
         flat = at.ids.reshape(-1)
         here: jax.Array = flat == row.astype(flat.dtype).reshape(())
@@ -98,11 +92,11 @@ class Changed:
         here = here.reshape(-1, *[1] * (before.ndim - 1))
         update = update.reshape(1, *before.shape[1:])
         here, before, update = jaxprs.alike([here, before, update])
-        after = _CHANGES[image.equation.primitive.name](before, update)
+        after = _CHANGES[str(image.equation.primitive.name)](before, update)
         return jnp.where(here, after, before)
 
 
-_CHANGES: dict[str, Callable[[Any, Any], Any]] = {
+_CHANGES: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
     "scatter": lambda _, row: row,
     "scatter-mul": lambda before, row: before * row,
 }
@@ -110,19 +104,35 @@ _CHANGES: dict[str, Callable[[Any, Any], Any]] = {
 
 @dataclass(frozen=True)
 class Ruled:
-    """A function with a derivative rule of its own."""
+    """A function with a derivative rule of its own; which operands are tables."""
 
-    moves: ClassVar[bool] = False
+    by_row: tuple[bool, ...]
 
-    def rows(self, image: Image, at: Positions) -> Any:
-        return at.ruled(image)
+    def rows(self, image: Image, at: Positions) -> Making:
+        num_rows = type_of(image.equation.outvars[image.index]).shape[0]
+        table = _Anywhere("the table", num_rows, at.ids.reshape(-1))
+        operands: list[Value] = []
+        for by_row, value in zip(self.by_row, image.operands, strict=True):
+            if by_row:
+                operands.append(Rows((yield from rows_of(value, at)), table))
+            else:
+                operands.append(Whole((yield from whole_of(value))))
+        run = Runner([table]).run
+        results = run_with_derivatives(run, image.equation, operands)
+        return results[image.index].at(table)
+
+
+class _Anywhere(Table):
+    """Any positions; several may have the same row."""
+
+    def gather(self, array: jax.Array) -> jax.Array:
+        array, ids = jaxprs.alike([jnp.asarray(array), self.ids])
+        return fetched(array, ids, 1)
 
 
 @dataclass(frozen=True)
 class Turned:
     """Nothing follows from it."""
 
-    moves: ClassVar[bool] = False
-
-    def rows(self, image: Image, at: Positions) -> Any:
+    def rows(self, image: Image, at: Positions) -> Making:
         raise AssertionError(image, at)

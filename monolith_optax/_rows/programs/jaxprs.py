@@ -20,6 +20,7 @@ from monolith_optax._rows.types import ArrayType, Mesh, PyTree, Shape
 
 Value = TypeVar("Value")
 Program = core.ClosedJaxpr
+Jaxpr = core.Jaxpr
 Equation = core.JaxprEqn
 Variable = core.Var
 Literal = core.Literal
@@ -230,7 +231,7 @@ def called_program(equation: Equation) -> Program | None:
     return closed(program)
 
 
-def closed(program: Program | core.Jaxpr) -> Program:
+def closed(program: Program | Jaxpr) -> Program:
     """A program with its constants, which some primitives do not hold."""
     if hasattr(program, "consts"):
         return cast(Program, program)
