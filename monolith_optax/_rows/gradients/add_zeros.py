@@ -16,12 +16,19 @@ from monolith_optax._rows.gradients.lookup_tree import (
     NO_IDS,
     RESULTS,
     Arrays,
-    Each,
     EachOf,
+    Ids,
     Node,
     Tree,
+    Zeros,
 )
-from monolith_optax._rows.gradients.row_images import Image, Parameter, Scope, Value
+from monolith_optax._rows.gradients.row_images import (
+    Image,
+    Parameter,
+    Scope,
+    Value,
+    Values,
+)
 from monolith_optax._rows.programs import jaxprs
 from monolith_optax._rows.programs.jaxprs import Atom, Equation, Program, type_of
 
@@ -30,13 +37,8 @@ class AddsZeros(Protocol):
     """What runs an equation that is given tables (`constructs.py`)."""
 
     def run(
-        self,
-        run: "Run",
-        equation: Equation,
-        operands: list[Value],
-        node: Node,
-        zeros: Each[Arrays],
-    ) -> tuple[Sequence[Value], Each[Arrays]]:
+        self, run: "Run", equation: Equation, operands: Values, node: Node, zeros: Zeros
+    ) -> tuple[Sequence[Value], Ids]:
         """The results, and the ids of all rows that are looked up.
 
         Args:
@@ -90,12 +92,12 @@ class Run:
         operands: Sequence[Value],
         tree: Tree,
         zeros: EachOf[Arrays],
-    ) -> tuple[list[Value], EachOf[Arrays]]:
+    ) -> tuple[Values, EachOf[Arrays]]:
         """Runs a program whose results may be images."""
         ids: EachOf[Arrays] = {}
         equations = iter(range(len(program.jaxpr.eqns)))
 
-        def step(equation: Equation, operands: list[Value]) -> Sequence[Value]:
+        def step(equation: Equation, operands: Values) -> Sequence[Value]:
             index = next(equations)
             node = tree.get(index)
             if node is None:
@@ -113,12 +115,8 @@ class Run:
         return results, ids
 
     def _node(
-        self,
-        equation: Equation,
-        operands: list[Value],
-        node: Node,
-        zeros: Each[Arrays],
-    ) -> tuple[Sequence[Value], Each[Arrays]]:
+        self, equation: Equation, operands: Values, node: Node, zeros: Zeros
+    ) -> tuple[Sequence[Value], Ids]:
         operands, taken = self._taken(equation.invars, operands, node, zeros)
         operands = [
             value if i in node.images else self.scope.whole(value)
@@ -134,12 +132,8 @@ class Run:
         return results, ids._replace(taken=taken)
 
     def _taken(
-        self,
-        atoms: Sequence[Atom],
-        values: list[Value],
-        node: Node,
-        zeros: Each[Arrays],
-    ) -> tuple[list[Value], dict[int, Arrays]]:
+        self, atoms: Sequence[Atom], values: Values, node: Node, zeros: Zeros
+    ) -> tuple[Values, dict[int, Arrays]]:
         """Images that are used whole, with zeros added to their rows."""
         values, ids = list(values), {}
         for i, found in node.taken.items():
@@ -151,7 +145,7 @@ class Run:
 
 def _images(
     equation: Equation, operands: Sequence[Value], steps: Sequence[Step]
-) -> list[Value]:
+) -> Values:
     """The results of an equation that keeps rows apart."""
     return [
         _placed(equation, operands[index])

@@ -26,11 +26,13 @@ from monolith_optax._rows.gradients.lookup_tree import (
     Each,
     EachOf,
     Found,
+    Ids,
     Node,
     Tree,
+    Zeros,
 )
 from monolith_optax._rows.gradients.loops import Cond, Scan, While, apart
-from monolith_optax._rows.gradients.row_images import Value
+from monolith_optax._rows.gradients.row_images import Value, Values
 from monolith_optax._rows.gradients.rule_lookups import NotRowsError, Rule
 from monolith_optax._rows.gradients.split_tables import ShardMap
 from monolith_optax._rows.programs import jaxprs
@@ -69,13 +71,8 @@ class Lookup:
         return [True], Node(lookups=[found] if found else [], images=frozenset([0]))
 
     def run(
-        self,
-        run: Run,
-        equation: Equation,
-        operands: list[Value],
-        node: Node,
-        zeros: Each[Arrays],
-    ) -> tuple[Sequence[Value], Each[Arrays]]:
+        self, run: Run, equation: Equation, operands: Values, node: Node, zeros: Zeros
+    ) -> tuple[Sequence[Value], Ids]:
         [found], [its_zeros] = node.lookups, zeros.lookups
         added, lookup = Added(found, its_zeros), found.lookup
         assert lookup is not None
@@ -102,13 +99,8 @@ class Call:
         return results, Node(programs=[tree], images=which_images(operands))
 
     def run(
-        self,
-        run: Run,
-        equation: Equation,
-        operands: list[Value],
-        node: Node,
-        zeros: Each[Arrays],
-    ) -> tuple[Sequence[Value], Each[Arrays]]:
+        self, run: Run, equation: Equation, operands: Values, node: Node, zeros: Zeros
+    ) -> tuple[Sequence[Value], Ids]:
         [program] = jaxprs.programs_of(equation)
         results, ids = run.program(
             program, operands, node.programs[0], zeros.programs[0]
@@ -161,13 +153,8 @@ class Ruled:
         return [True] * len(equation.outvars), node
 
     def run(
-        self,
-        run: Run,
-        equation: Equation,
-        operands: list[Value],
-        node: Node,
-        zeros: Each[Arrays],
-    ) -> tuple[Sequence[Value], Each[Arrays]]:
+        self, run: Run, equation: Equation, operands: Values, node: Node, zeros: Zeros
+    ) -> tuple[Sequence[Value], Ids]:
         """Adds zeros to the rows that get a gradient, as if they were looked up."""
         if node.programs:
             return CALL.run(run, equation, operands, node, zeros)
@@ -214,13 +201,8 @@ class Checkpoint:
         )
 
     def run(
-        self,
-        run: Run,
-        equation: Equation,
-        operands: list[Value],
-        node: Node,
-        zeros: Each[Arrays],
-    ) -> tuple[Sequence[Value], Each[Arrays]]:
+        self, run: Run, equation: Equation, operands: Values, node: Node, zeros: Zeros
+    ) -> tuple[Sequence[Value], Ids]:
         [program], [tree] = jaxprs.programs_of(equation), node.programs
         arrays, all_of = apart(run, operands, node.images)
 

@@ -69,7 +69,10 @@ EachOf: TypeAlias = dict[int, Each[One]]
 # Arrays of one lookup: one for each of its tables.
 Arrays: TypeAlias = list[jax.Array]
 
-NO_IDS: Each[Arrays] = Each({}, [], [])
+# What is added to the rows that an equation looks up, and the ids of these rows.
+Zeros: TypeAlias = Each[Arrays]
+Ids: TypeAlias = Each[Arrays]
+NO_IDS: Ids = Each({}, [], [])
 
 
 @dataclass(frozen=True)

@@ -20,11 +20,13 @@ from monolith_optax._rows.gradients.lookup_tree import (
     Each,
     EachOf,
     Found,
+    Ids,
     Node,
     Tree,
+    Zeros,
     for_each,
 )
-from monolith_optax._rows.gradients.row_images import Value
+from monolith_optax._rows.gradients.row_images import Value, Values
 from monolith_optax._rows.programs import jaxprs
 from monolith_optax._rows.programs.jaxprs import Equation, Program
 
@@ -58,13 +60,8 @@ class Cond:
         return together, Node(taken, programs=trees, images=images)
 
     def run(
-        self,
-        run: Run,
-        equation: Equation,
-        operands: list[Value],
-        node: Node,
-        zeros: Each[Arrays],
-    ) -> tuple[Sequence[Value], Each[Arrays]]:
+        self, run: Run, equation: Equation, operands: Values, node: Node, zeros: Zeros
+    ) -> tuple[Sequence[Value], Ids]:
         index, *operands = operands
         arrays, all_of = apart(run, operands, [i - 1 for i in node.images])
         padding = [_padding(tree) for tree in node.programs]
@@ -110,13 +107,8 @@ class Scan:
         return results, node
 
     def run(
-        self,
-        run: Run,
-        equation: Equation,
-        operands: list[Value],
-        node: Node,
-        zeros: Each[Arrays],
-    ) -> tuple[Sequence[Value], Each[Arrays]]:
+        self, run: Run, equation: Equation, operands: Values, node: Node, zeros: Zeros
+    ) -> tuple[Sequence[Value], Ids]:
         body, num_consts, num_carry = jaxprs.scan_parts(equation)
         params, end = equation.params, num_consts + num_carry
         constants, whole = operands[:num_consts], run.scope.whole
@@ -172,13 +164,8 @@ class While:
         return results, node
 
     def run(
-        self,
-        run: Run,
-        equation: Equation,
-        operands: list[Value],
-        node: Node,
-        zeros: Each[Arrays],
-    ) -> tuple[Sequence[Value], Each[Arrays]]:
+        self, run: Run, equation: Equation, operands: Values, node: Node, zeros: Zeros
+    ) -> tuple[Sequence[Value], Ids]:
         loop = jaxprs.while_parts(equation)
         start = loop.num_condition_consts
         end = start + loop.num_body_consts
@@ -234,11 +221,11 @@ def _loop(
 
 
 def apart(
-    run: Run, operands: list[Value], images: Collection[int]
-) -> tuple[dict[int, jax.Array], Callable[[dict[int, jax.Array]], list[Value]]]:
+    run: Run, operands: Values, images: Collection[int]
+) -> tuple[dict[int, jax.Array], Callable[[dict[int, jax.Array]], Values]]:
     """Operands that are arrays, and what puts such arrays back among the images."""
 
-    def all_of(arrays: dict[int, jax.Array]) -> list[Value]:
+    def all_of(arrays: dict[int, jax.Array]) -> Values:
         return [arrays.get(i, operand) for i, operand in enumerate(operands)]
 
     arrays = {i: run.scope.whole(v) for i, v in enumerate(operands) if i not in images}

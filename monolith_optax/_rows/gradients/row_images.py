@@ -64,6 +64,7 @@ class Image:
 
 
 Value: TypeAlias = Parameter | Image | jax.Array
+Values: TypeAlias = list[Value]
 Making: TypeAlias = Generator[tuple[Image, "Positions | None"], jax.Array, jax.Array]
 
 

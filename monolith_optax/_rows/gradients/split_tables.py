@@ -20,12 +20,14 @@ from monolith_optax._rows.gradients.lookup_tree import (
     Each,
     EachOf,
     Found,
+    Ids,
     Node,
     Tree,
+    Zeros,
     device_axes,
     inside,
 )
-from monolith_optax._rows.gradients.row_images import Parameter, Value
+from monolith_optax._rows.gradients.row_images import Parameter, Value, Values
 from monolith_optax._rows.programs import jaxprs
 from monolith_optax._rows.programs.jaxprs import Equation
 from monolith_optax._rows.types import Mesh
@@ -73,13 +75,8 @@ class ShardMap:
         )
 
     def run(
-        self,
-        run: Run,
-        equation: Equation,
-        operands: list[Value],
-        node: Node,
-        zeros: Each[Arrays],
-    ) -> tuple[Sequence[Value], Each[Arrays]]:
+        self, run: Run, equation: Equation, operands: Values, node: Node, zeros: Zeros
+    ) -> tuple[Sequence[Value], Ids]:
         parts = jaxprs.shard_map_parts(equation)
 
         def first_axis(found: Found) -> list[PartitionSpec]:
@@ -91,7 +88,7 @@ class ShardMap:
         def body(
             arrays: list[jax.Array], zeros: EachOf[Arrays]
         ) -> tuple[list[jax.Array], EachOf[Arrays]]:
-            values: list[Value] = [*arrays]
+            values: Values = [*arrays]
             for i, (operand, array) in enumerate(zip(operands, arrays, strict=True)):
                 if isinstance(operand, Parameter):
                     row = _first_row(parts.in_specs[i], array)

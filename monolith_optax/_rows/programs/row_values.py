@@ -26,6 +26,7 @@ from jax.typing import ArrayLike
 from monolith_optax._rows.programs import jaxprs, row_rules
 from monolith_optax._rows.programs.jaxprs import Equation, Program, source_line
 from monolith_optax._rows.programs.known_constants import UNKNOWN, Constant
+from monolith_optax._rows.programs.made_later import Making, made
 from monolith_optax._rows.slices.row_access import Table
 
 
@@ -114,41 +115,13 @@ class Later:
 
     constant: Constant = field(default=UNKNOWN, kw_only=True)
 
-    def needs(self, table: Table | None) -> "list[tuple[Value, Table | None]]":
-        """What the rows are made of, and of what table's batch; None: all there are."""
-        del table
-        return []
-
-    def make(self, table: Table | None, operands: list[jax.Array]) -> jax.Array:
-        """The rows of a table's batch, or all there are, from what they need."""
+    def make(self, table: Table | None) -> Making[Table | None]:
+        """Makes the rows of a table's batch, or all there are."""
         raise NotImplementedError
 
     def at(self, table: Table | None) -> jax.Array:
         """The rows of a table's batch; or all there are."""
-        # Without recursion: a chain of operations may be longer than Python's stack.
-        made: dict[tuple[Later, Table | None], jax.Array] = {}
-        left: list[tuple[Later, Table | None]] = [(self, table)]
-        while left:
-            value, where = left[-1]
-            needed = value.needs(where)
-            missing = [
-                (operand, there)
-                for operand, there in needed
-                if isinstance(operand, Later) and (operand, there) not in made
-            ]
-            if missing:
-                left += missing
-                continue
-            left.pop()
-            if (value, where) not in made:
-                operands = [
-                    made[operand, there]
-                    if isinstance(operand, Later)
-                    else operand.at(there)
-                    for operand, there in needed
-                ]
-                made[value, where] = value.make(where, operands)
-        return made[self, table]
+        return made(self, table, {})
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,9 +130,9 @@ class Given(Later):
 
     array: ArrayLike
 
-    def make(self, table: Table | None, operands: list[jax.Array]) -> jax.Array:
-        """The rows of a table's batch, or all there are."""
-        del operands
+    def make(self, table: Table | None) -> Making[Table | None]:
+        """Makes the rows of a table's batch, or all there are."""
+        yield from ()
         return Whole(self.array).at(table)
 
 
@@ -172,29 +145,25 @@ class Made(Later):
     index: int
     _drawn_for: list[Table | None] = field(default_factory=list)
 
-    def needs(self, table: Table | None) -> "list[tuple[Value, Table | None]]":
-        """The operands, of all rows if the equation does not keep this table's."""
-        plan = self._plan(table)
-        by_row = plan.by_row if plan else [False] * len(self.operands)
-        return [
-            (operand, table if row else None)
-            for operand, row in zip(self.operands, by_row, strict=True)
-        ]
+    def make(self, table: Table | None) -> Making[Table | None]:
+        """Makes the rows of a table's batch, or all there are, from its operands.
 
-    def make(self, table: Table | None, operands: list[jax.Array]) -> jax.Array:
-        """The rows of a table's batch, or all there are, from its operands."""
-        if self.equation.primitive.name == "random_bits" and not np.ndim(operands[0]):
-            self._draw(table)
-        plan = self._plan(table)
-        if plan and table:
-            return plan.apply(table.batch_size, operands, table.split)[self.index]
-        return Whole(jaxprs.bind(self.equation, operands)[self.index]).at(table)
-
-    def _plan(self, table: Table | None) -> row_rules.Plan | None:
-        if table is None:
-            return None
+        These are whole if the equation does not keep rows of this table apart.
+        """
         by_row = [isinstance(operand, Later) for operand in self.operands]
-        return row_rules.plan(self.equation, by_row, len(table.axes))
+        plan = table and row_rules.plan(self.equation, by_row, len(table.axes))
+        arrays: list[jax.Array] = []
+        for i, operand in enumerate(self.operands):
+            there = table if plan and plan.by_row[i] else None
+            if isinstance(operand, Later):
+                arrays += [(yield operand, there)]
+            else:
+                arrays += [operand.at(there)]
+        if self.equation.primitive.name == "random_bits" and not np.ndim(arrays[0]):
+            self._draw(table)
+        if plan and table:
+            return plan.apply(table.batch_size, arrays, table.split)[self.index]
+        return Whole(jaxprs.bind(self.equation, arrays)[self.index]).at(table)
 
     def _draw(self, table: Table | None) -> None:
         """Refuses to draw numbers for one table that were drawn for another."""
@@ -215,9 +184,9 @@ class Chosen(Later):
 
     choose: Callable[[Table | None], jax.Array]
 
-    def make(self, table: Table | None, operands: list[jax.Array]) -> jax.Array:
-        """The rows of a table's batch, or all there are."""
-        del operands
+    def make(self, table: Table | None) -> Making[Table | None]:
+        """Makes the rows of a table's batch, or all there are."""
+        yield from ()
         return self.choose(table)
 
 
