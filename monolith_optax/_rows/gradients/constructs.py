@@ -28,7 +28,6 @@ from monolith_optax._rows.gradients.lookup_tree import (
     Found,
     Ids,
     Node,
-    Tree,
     Zeros,
 )
 from monolith_optax._rows.gradients.loops import Cond, Scan, While, apart
@@ -93,9 +92,9 @@ class Call:
         self, finder: Finder, equation: Equation, operands: list[Known]
     ) -> tuple[Sequence[Known], Node]:
         [program] = jaxprs.programs_of(equation)
-        results, tree = finder.inside(
-            equation, lambda: finder.program(program, operands, finder.active(equation))
-        )
+        active = finder.active(equation)
+        with finder.inside(equation):
+            results, tree = finder.program(program, operands, active)
         return results, Node(programs=[tree], images=which_images(operands))
 
     def run(
@@ -182,18 +181,15 @@ class Checkpoint:
         [program], active = jaxprs.programs_of(equation), finder.active(equation)
         operands = without_other_images(operands)
 
-        def find() -> tuple[dict[int, int], list[Known], Tree]:
-            results, tree = finder.program(program, operands, active)
+        with finder.inside(equation):
+            found, tree = finder.program(program, operands, active)
             passed = {
                 i: operands.index(v)
-                for i, v in enumerate(results)
+                for i, v in enumerate(found)
                 if is_table(v) and v in operands
             }
-            values = [i not in passed and v for i, v in enumerate(results)]
-            finder.results(program, values, active, tree, equation)
-            return passed, values, tree
-
-        passed, results, tree = finder.inside(equation, find)
+            results = [i not in passed and v for i, v in enumerate(found)]
+            finder.results(program, results, active, tree, equation)
         for i, operand in passed.items():
             results[i] = operands[operand]
         return results, Node(

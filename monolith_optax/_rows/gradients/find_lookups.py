@@ -24,8 +24,9 @@ else whether it depends on data (`image_facts.py`). A loss that casts half of a 
 the rows of `t` in place of `j`, adds zeros, and halves and casts only these rows.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Protocol, TypeVar
+import contextlib
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Protocol
 
 import jax
 import numpy as np
@@ -51,8 +52,6 @@ from monolith_optax._rows.programs import jaxprs
 from monolith_optax._rows.programs.jaxprs import Equation, Program, Variable, type_of
 from monolith_optax._rows.programs.primitives import MAKERS
 from monolith_optax._rows.types import Shape
-
-Result = TypeVar("Result")
 
 
 class FindsLookups(Protocol):
@@ -148,12 +147,12 @@ class Finder:
             self._from_numpy and np.ndim(constant) > 0
         )
 
-    def inside(self, equation: Equation, find: Callable[[], Result]) -> Result:
-        """What is found inside an equation that runs programs."""
+    @contextlib.contextmanager
+    def inside(self, equation: Equation) -> Iterator[None]:
+        """While programs inside an equation are read."""
         self._callers.insert(0, equation)
-        found = find()
+        yield
         self._callers.pop(0)
-        return found
 
     def active(self, equation: Equation) -> list[bool]:
         """Which results of an equation have a gradient."""
@@ -260,6 +259,22 @@ class Finder:
                 results[i] = value.is_data
         if taken:
             tree[RESULTS] = Node(taken)
+
+    def whole(
+        self,
+        equation: Equation,
+        program: Program,
+        operands: Sequence[Known],
+        active: Sequence[bool],
+    ) -> tuple[list[bool], Tree]:
+        """A program inside an equation that gives all of its results.
+
+        Returns:
+          Which results are data, and the lookups.
+        """
+        results, tree = self.program(program, operands, active)
+        self.results(program, results, active, tree, equation)
+        return list(map(is_data, results)), tree
 
     def place(self, equation: Equation) -> str:
         """The operation and the user's line."""

@@ -80,11 +80,6 @@ class Lookup:
         few = self.num_rows <= np.iinfo(np.int32).max
         return np.dtype(np.int32 if few else np.int64)
 
-    @property
-    def rows_of_first_axis(self) -> int:
-        """How many rows there are to each index of the first axis."""
-        return math.prod(self.shape[1 : self.row_axes])
-
     def ids(self, indices: ArrayLike) -> tuple[jax.Array, jax.Array | None]:
         """The ids of the rows that are taken, and which of them are in the table.
 

@@ -44,17 +44,12 @@ class Cond:
         taken = finder.otherwise(equation, operands, {0: what})
         index, *operands = without_other_images(operands)
         trees, results = [], [[is_data(index)] * len(equation.outvars)]
-        for branch in jaxprs.branches(equation):
-
-            def find(branch: Program = branch) -> tuple[list[bool], Tree]:
-                active = finder.active(equation)
-                found, tree = finder.program(branch, operands, active)
-                finder.results(branch, found, active, tree, equation)
-                return list(map(is_data, found)), tree
-
-            found, tree = finder.inside(equation, find)
-            results.append(found)
-            trees.append(tree)
+        active = finder.active(equation)
+        with finder.inside(equation):
+            for branch in jaxprs.branches(equation):
+                found, tree = finder.whole(equation, branch, operands, active)
+                results.append(found)
+                trees.append(tree)
         images = frozenset(i + 1 for i in which_tables(operands))
         together = list(map(any, zip(*results, strict=True)))
         return together, Node(taken, programs=trees, images=images)
@@ -91,12 +86,9 @@ class Scan:
         end = num_consts + num_carry
         operands, taken = _with_constants(finder, equation, operands, num_consts)
         active = finder.flow.of_scan(equation, finder.active(equation))
-        results, tree = finder.inside(
-            equation,
-            lambda: _loop(
-                finder, equation, body, operands, slice(num_consts, end), active
-            ),
-        )
+        carry = slice(num_consts, end)
+        with finder.inside(equation):
+            results, tree = _loop(finder, equation, body, operands, carry, active)
         length = equation.params["length"]
         node = Node(
             taken,
@@ -144,19 +136,14 @@ class While:
         operands, taken = _with_constants(finder, equation, operands, end)
         active = [any(finder.active(equation))] * len(equation.outvars)
 
-        def find() -> tuple[list[Known], list[Tree]]:
-            carry = slice(loop.num_body_consts, len(operands) - start)
-            results, body = _loop(
-                finder, equation, loop.body, operands[start:], carry, active
-            )
-            given = operands[:start] + results
+        carry, given = slice(loop.num_body_consts, None), operands[start:]
+        with finder.inside(equation):
+            results, body = _loop(finder, equation, loop.body, given, carry, active)
+            given = [*operands[:start], *results]
             _, condition = finder.program(loop.condition, given, [False])
-            return results, [condition, body]
-
-        results, trees = finder.inside(equation, find)
         node = Node(
             taken,
-            programs=trees,
+            programs=[condition, body],
             images=which_tables(operands),
             # JAX says where a gradient is asked for that there is none.
             all_runs=lambda found: found._replace(has_gradient=False),
@@ -203,14 +190,12 @@ def _loop(
     operands: list[Known],
     carry: slice,
     active: list[bool],
-) -> tuple[list[Known], Tree]:
+) -> tuple[list[bool], Tree]:
     """A body whose carry is the same before and after it."""
     operands = list(operands)
     while True:
         uses = finder.uses.copy()
-        results, tree = finder.program(body, operands, active)
-        finder.results(body, results, active, tree, equation)
-        results = list(map(is_data, results))
+        results, tree = finder.whole(equation, body, operands, active)
         before = operands[carry]
         after = results[: len(before)]
         joined = [a or b for a, b in zip(before, after, strict=True)]

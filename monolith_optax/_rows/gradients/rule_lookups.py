@@ -16,7 +16,7 @@ from jax.typing import ArrayLike
 from monolith_optax._rows.gradients import as_gather
 from monolith_optax._rows.gradients.gather import Lookup
 from monolith_optax._rows.programs import jaxprs
-from monolith_optax._rows.programs.custom_rules import differentiable
+from monolith_optax._rows.programs.custom_rules import differentiable, of_inexact
 from monolith_optax._rows.programs.jaxprs import (
     Atom,
     Equation,
@@ -207,13 +207,8 @@ def _both(equation: Equation) -> jaxprs.Program:
     inputs, outputs = differentiable(equation.invars), differentiable(equation.outvars)
 
     def both(operands: Arrays, cotangents: Arrays) -> tuple[Arrays, Arrays]:
-        def function(*some: jax.Array) -> tuple[Arrays, Arrays]:
-            changed = dict(zip(inputs, some, strict=True))
-            arrays = [changed.get(i, operand) for i, operand in enumerate(operands)]
-            results = jaxprs.bind(equation, arrays)
-            return [results[i] for i in outputs], results
-
         some = [operands[i] for i in inputs]
+        function = of_inexact(equation, operands)
         _, pull, results = jax.vjp(function, *some, has_aux=True)
         return results, pull(cotangents)
 

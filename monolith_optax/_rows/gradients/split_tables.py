@@ -22,7 +22,6 @@ from monolith_optax._rows.gradients.lookup_tree import (
     Found,
     Ids,
     Node,
-    Tree,
     Zeros,
     device_axes,
     inside,
@@ -55,13 +54,9 @@ class ShardMap:
         taken = finder.otherwise(equation, operands, reasons)
         images = which_tables(operands)
 
-        def find() -> tuple[list[bool], Tree]:
-            active = finder.active(equation)
-            results, tree = finder.program(parts.body, operands, active)
-            finder.results(parts.body, results, active, tree, equation)
-            return list(map(is_data, results)), tree
-
-        results, tree = finder.inside(equation, find)
+        active = finder.active(equation)
+        with finder.inside(equation):
+            results, tree = finder.whole(equation, parts.body, operands, active)
         sizes = dict(parts.mesh.shape)
 
         def of_all_devices(found: Found) -> Found:

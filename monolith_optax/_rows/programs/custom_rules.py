@@ -96,8 +96,10 @@ def _with_jvp(
 
     def whole_tangents(primals: Arrays, tangents: Arrays) -> Arrays:
         some = [primals[i] for i in inputs]
-        results: Arrays = jax.jvp(_of_inexact(equation, primals), some, tangents)[1]
-        return results
+        function = of_inexact(equation, primals)
+        _, results, _ = jax.jvp(function, some, tangents, has_aux=True)
+        found: Arrays = results
+        return found
 
     @ours.defjvp
     def rule(primals: Arrays, tangents: Arrays) -> tuple[Arrays, PyTree]:
@@ -138,7 +140,7 @@ def _with_vjp(
 
     def whole_cotangents(primals: Arrays, cotangents: Arrays) -> Arrays:
         some = [primals[i] for i in inputs]
-        _, pull = jax.vjp(_of_inexact(equation, primals), *some)
+        _, pull, _ = jax.vjp(of_inexact(equation, primals), *some, has_aux=True)
         results: Arrays = pull(cotangents)
         return results
 
@@ -197,13 +199,19 @@ def differentiable(atoms: Sequence[jaxprs.Atom]) -> list[int]:
     ]
 
 
-def _of_inexact(equation: Equation, operands: Arrays) -> Function:
-    """The equation as a function only of what has derivatives."""
+def of_inexact(
+    equation: Equation, operands: Arrays
+) -> Callable[..., tuple[Arrays, Arrays]]:
+    """The equation as a function only of what has derivatives.
 
-    def function(*inexact: jax.Array) -> list[jax.Array]:
-        changed = dict(zip(differentiable(equation.invars), inexact, strict=True))
+    It returns the results that have derivatives, and all of them.
+    """
+    inputs, outputs = differentiable(equation.invars), differentiable(equation.outvars)
+
+    def function(*inexact: jax.Array) -> tuple[Arrays, Arrays]:
+        changed = dict(zip(inputs, inexact, strict=True))
         arrays = [changed.get(i, operand) for i, operand in enumerate(operands)]
         results = jaxprs.bind(equation, arrays)
-        return [results[i] for i in differentiable(equation.outvars)]
+        return [results[i] for i in outputs], results
 
     return function

@@ -68,7 +68,11 @@ def interpret(
         return constant(atom.val) if isinstance(atom, Literal) else values[atom]
 
     for equation in jaxpr.eqns:
-        results = step(equation, [read(atom) for atom in equation.invars])
+        given = []
+        for atom in equation.invars:  # without calls, as there are many of them
+            is_number = isinstance(atom, Literal)
+            given.append(constant(atom.val) if is_number else values[atom])
+        results = step(equation, given)
         values.update(zip(equation.outvars, results, strict=True))
     return [read(atom) for atom in jaxpr.outvars]
 
