@@ -101,7 +101,7 @@ class Run:
             index = next(equations)
             node = tree.get(index)
             if node is None:
-                return jaxprs.bind(equation, list(map(self.scope.whole, operands)))
+                return jaxprs.bind(equation, self._whole(operands))
             results, ids[index] = self._node(equation, operands, node, zeros[index])
             return results
 
@@ -125,11 +125,18 @@ class Run:
         if node.steps:
             return _images(equation, operands, node.steps), NO_IDS._replace(taken=taken)
         if not node.lookups and not node.programs:
-            arrays = list(map(self.scope.whole, operands))
-            return [*jaxprs.bind(equation, arrays)], NO_IDS._replace(taken=taken)
+            arrays = jaxprs.bind(equation, self._whole(operands))
+            return arrays, NO_IDS._replace(taken=taken)
         construct = self._constructs[str(equation.primitive.name)]
         results, ids = construct.run(self, equation, operands, node, zeros)
         return results, ids._replace(taken=taken)
+
+    def _whole(self, values: Values) -> list[jax.Array]:
+        # Without a call for each: nearly all are arrays.
+        return [
+            self.scope.whole(value) if isinstance(value, Image | Parameter) else value
+            for value in values
+        ]
 
     def _taken(
         self, atoms: Sequence[Atom], values: Values, node: Node, zeros: Zeros

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from monolith_optax._rows.gradients.constructs import CONSTRUCTS
 from monolith_optax._rows.gradients.find_lookups import Finder
 from monolith_optax._rows.gradients.gradient_flow import GradientFlow
-from monolith_optax._rows.gradients.lookup_tree import Tree
+from monolith_optax._rows.gradients.lookup_tree import Found, Tree, lookups_of
 from monolith_optax._rows.gradients.table_uses import Uses
 from monolith_optax._rows.gradients.trace_loss import Loss
 from monolith_optax._rows.types import Shape
@@ -24,6 +24,20 @@ class Choice(NamedTuple):
     row_axes: dict[int, int]
     tree: Tree
     refused: dict[int, str]
+
+    @property
+    def lookups(self) -> list[tuple[Found, int]]:
+        """All lookups in any tables, and the leaf of each."""
+        found = lookups_of(self.tree)
+        return [(each, leaf) for each in found for leaf, _ in each.tables]
+
+    @property
+    def num_ids(self) -> dict[int, int]:
+        """By how many ids each table is looked up."""
+        ids = dict.fromkeys(self.row_axes, 0)
+        for found, leaf in self.lookups:
+            ids[leaf] += math.prod(found.ids_shape)
+        return ids
 
     @property
     def tables(self) -> frozenset[int]:

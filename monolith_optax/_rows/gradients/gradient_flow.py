@@ -14,9 +14,9 @@ from monolith_optax._rows.programs.jaxprs import (
     Atom,
     Equation,
     Jaxpr,
+    Literal,
     Program,
     Variable,
-    is_variable,
     type_of,
 )
 
@@ -87,4 +87,6 @@ class GradientFlow:
 
 
 def _may_have_gradient(atom: Atom) -> TypeGuard[Variable]:
-    return is_variable(atom) and jnp.issubdtype(type_of(atom).dtype, jnp.inexact)
+    return not isinstance(atom, Literal) and jnp.issubdtype(
+        type_of(atom).dtype, jnp.inexact
+    )

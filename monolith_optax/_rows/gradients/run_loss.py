@@ -10,7 +10,6 @@ from monolith_optax._rows.gradients.lookup_tree import (
     Arrays,
     Found,
     for_each,
-    lookups_of,
 )
 from monolith_optax._rows.gradients.row_images import Parameter
 from monolith_optax._rows.gradients.spread_rows import (
@@ -37,7 +36,7 @@ class LossRun:
     def __init__(self, loss: Loss, choice: Choice) -> None:
         self._loss, self._choice = loss, choice
         tree, tables = choice.tree, choice.tables
-        self.lookups = [(f, leaf) for f in lookups_of(tree) for leaf, _ in f.tables]
+        self.lookups = choice.lookups
         self.dense = [None if i in tables else x for i, x in enumerate(loss.leaves)]
         self.rows: PyTree = for_each(tree, self._zeros)
         self.spread: SpreadRows | None = None

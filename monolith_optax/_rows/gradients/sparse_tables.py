@@ -6,7 +6,6 @@ from collections.abc import Callable
 import jax
 
 from monolith_optax._rows.gradients.choose_tables import choose
-from monolith_optax._rows.gradients.lookup_tree import lookups_of
 from monolith_optax._rows.gradients.trace_loss import trace_loss
 from monolith_optax._rows.types import PyTree
 
@@ -57,10 +56,7 @@ def sparse_tables(
     """
     loss = trace_loss(fun, 0, has_aux, None, (params, *args), kwargs)
     choice = choose(loss, None)
-    ids = dict.fromkeys(choice.tables, 0)
-    for found in lookups_of(choice.tree):
-        for leaf, _ in found.tables:
-            ids[leaf] += math.prod(found.ids_shape)
+    ids = choice.num_ids
     large = [
         leaf in ids and ids[leaf] < math.prod(aval.shape[: choice.row_axes[leaf]])
         for leaf, aval in enumerate(loss.types)

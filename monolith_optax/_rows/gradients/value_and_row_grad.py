@@ -6,7 +6,6 @@ gradients of the zeros are those of the rows.
 """
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 
@@ -15,7 +14,6 @@ import jax.numpy as jnp
 
 from monolith_optax._public import public
 from monolith_optax._rows.gradients.choose_tables import Choice, choose
-from monolith_optax._rows.gradients.lookup_tree import lookups_of
 from monolith_optax._rows.gradients.run_loss import LossRun
 from monolith_optax._rows.gradients.trace_loss import Loss, trace_loss
 from monolith_optax._rows.slices.row_slices import RowSlices
@@ -201,11 +199,9 @@ class ValueAndRowGrad(Generic[Params, Others, Result]):
         loss = self._traced((params, *args), kwargs)
         choice = choose(loss, None)
         places: dict[int, dict[str, None]] = {leaf: {} for leaf in choice.tables}
-        ids = dict.fromkeys(choice.tables, 0)
-        for found in lookups_of(choice.tree):
-            for leaf, _ in found.tables:
-                places[leaf][found.place] = None
-                ids[leaf] += math.prod(found.ids_shape)
+        ids = choice.num_ids
+        for found, leaf in choice.lookups:
+            places[leaf][found.place] = None
 
         def exchange(leaf: int) -> str:
             if leaf not in loss.asked.spread:

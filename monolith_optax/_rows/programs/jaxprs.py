@@ -5,6 +5,7 @@ which differs between versions of JAX.
 """
 
 import contextlib
+import operator
 import pathlib
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import NamedTuple, TypeAlias, TypeGuard, TypeVar, cast
@@ -25,6 +26,9 @@ Equation = core.JaxprEqn
 Variable = core.Var
 Literal = core.Literal
 Atom: TypeAlias = Variable | Literal  # an operand or a result
+
+# The type of an operand or result, by far the most frequent question.
+type_of = cast(Callable[[Atom], ArrayType], operator.attrgetter("aval"))
 
 # Primitives that call a program on their operands and give back what it gives. The two
 # that carry derivative rules of their own are apart: who runs their program instead
@@ -192,11 +196,6 @@ def holds(program: Program, array: np.ndarray) -> bool:
 def is_variable(atom: Atom) -> TypeGuard[Variable]:
     """Whether an operand or result is a variable, not a number in the equation."""
     return not isinstance(atom, Literal)
-
-
-def type_of(atom: Atom) -> ArrayType:
-    """The type of an operand or result of an equation."""
-    return cast(ArrayType, atom.aval)
 
 
 def shapes_of(equation: Equation) -> list[Shape]:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from monolith_optax._rows.programs.jaxprs import Equation, result_shapes, shapes_of
+from monolith_optax._rows.programs.jaxprs import Equation, shapes_of, type_of
 from monolith_optax._rows.programs.plans import Plan as Plan
 from monolith_optax._rows.programs.primitives import ELEMENTWISE as ELEMENTWISE
 from monolith_optax._rows.programs.primitives import MAKERS
@@ -50,13 +50,14 @@ def _later(axes: Sequence[int], count: int) -> tuple[int, ...]:
 
 def _elementwise(equation: Equation, by_row: list[bool], count: int) -> Plan | None:
     """Operands have the shape of the results, but may have axes of 1, or none."""
-    shapes = set(result_shapes(equation))
+    shapes = {type_of(result).shape for result in equation.outvars}
     if len(shapes) != 1:
         return None
     [shape] = shapes
     axes = shape[:count]
     needed = []
-    for operand, row in zip(shapes_of(equation), by_row, strict=True):
+    for atom, row in zip(equation.invars, by_row, strict=True):
+        operand = type_of(atom).shape
         for size, wanted in zip(operand, shape, strict=False):
             if size not in (1, wanted):
                 return None
