@@ -10,9 +10,9 @@ else whether it depends on data (`image_facts.py`). A loss that casts half of a 
     j:bf16[3,4] = gather[slice_sizes=(1, 4)] e i
     k:bf16[3] = dot_general[dimension_numbers=(([1], [0]), ([], []))] j w
 
-- `t` and `w` may both be tables, so both are images. The ids are True: data.
-- `mul` keeps rows apart, so `d` is an `Image` of `t`, and so is `e`. The tree of
-  lookups gets a `Node` for each of them, which says how their rows follow.
+- `t` and `w` may both be tables, so there are `Facts` of both. The ids are True: data.
+- `mul` keeps rows apart, so `d` is an image of `t`, with `Facts` of its own, and so is
+  `e`. The tree of lookups gets a `Node` for each, which says how their rows follow.
 - `broadcast_in_dim` is given no image. All there is to say of `i` is that it is data.
 - `gather` looks `e` up: it is a construct, and `constructs.Lookup` describes which
   rows it takes. The indices are data, so `t` may be a table. The tree gets a `Node`

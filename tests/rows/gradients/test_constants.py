@@ -211,3 +211,14 @@ def test_a_device_has_the_parts_of_all_tables(params):
 
     params = jax.device_put(params, whole)
     check(loss, params, jax.device_put(IDS, whole), rows={"t"})
+
+
+def test_more_slices_than_python_has_stack():
+    def loss(table, ids):
+        for _ in range(500):
+            table = table[::-1]
+        return table[ids].sum()
+
+    table, ids = jax.typeof(jnp.ones((9, 2))), jax.typeof(jnp.zeros(1, jnp.int32))
+    _, found = jax.eval_shape(value_and_row_grad(loss), table, ids)
+    assert found.rows.shape == (1, 2)
