@@ -13,9 +13,9 @@ import jax
 from monolith_optax._rows.gradients.fetch_rows import Added
 from monolith_optax._rows.gradients.follow_rows import PLACEMENTS, Step
 from monolith_optax._rows.gradients.lookup_tree import (
-    NO_IDS,
     RESULTS,
     Arrays,
+    Each,
     EachOf,
     Ids,
     Node,
@@ -111,7 +111,7 @@ class Run:
         if RESULTS in tree:
             node, atoms = tree[RESULTS], program.jaxpr.outvars
             results, taken = self._taken(atoms, results, node, zeros[RESULTS])
-            ids[RESULTS] = NO_IDS._replace(taken=taken)
+            ids[RESULTS] = Each(taken, [], [])
         return results, ids
 
     def _node(
@@ -122,14 +122,14 @@ class Run:
             value if i in node.images else self.scope.whole(value)
             for i, value in enumerate(operands)
         ]
+        if node.lookups or node.programs:
+            construct = self._constructs[str(equation.primitive.name)]
+            results, ids = construct.run(self, equation, operands, node, zeros)
+            return results, ids._replace(taken=taken)
         if node.steps:
-            return _images(equation, operands, node.steps), NO_IDS._replace(taken=taken)
-        if not node.lookups and not node.programs:
-            arrays = jaxprs.bind(equation, self._whole(operands))
-            return arrays, NO_IDS._replace(taken=taken)
-        construct = self._constructs[str(equation.primitive.name)]
-        results, ids = construct.run(self, equation, operands, node, zeros)
-        return results, ids._replace(taken=taken)
+            return _images(equation, operands, node.steps), Each(taken, [], [])
+        arrays = jaxprs.bind(equation, self._whole(operands))
+        return arrays, Each(taken, [], [])
 
     def _whole(self, values: Values) -> list[jax.Array]:
         # Without a call for each: nearly all are arrays.

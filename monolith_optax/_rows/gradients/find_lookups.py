@@ -166,7 +166,7 @@ class Finder:
         if images:
             steps = follow_rows.follow(equation, operands)
         elif equation.primitive.name in MAKERS:
-            steps = follow_rows.made(equation, self._num_rows)
+            steps = follow_rows.from_nothing(equation, self._num_rows)
         if steps:
             tree[index] = Node(steps=steps, images=which_images(operands))
             return [step.facts for step in steps]

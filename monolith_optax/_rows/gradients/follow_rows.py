@@ -71,7 +71,7 @@ def follow(equation: Equation, values: Sequence[Known]) -> Steps | None:
     return _moved(equation, values) or _turned(equation, values)
 
 
-def made(equation: Equation, num_rows: frozenset[int]) -> Steps | None:
+def from_nothing(equation: Equation, num_rows: frozenset[int]) -> Steps | None:
     """How an equation makes as many rows as a table has, from nothing as large."""
     if not row_rules.makes_rows(equation) or _is_random(equation):
         return None

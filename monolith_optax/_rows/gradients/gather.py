@@ -69,17 +69,6 @@ class Lookup:
         """The shape of the ids of all rows that are taken."""
         return (*self.batch, *(size for size in self.windows if size != 1))
 
-    @property
-    def num_rows(self) -> int:
-        """How many rows the table has."""
-        return math.prod(self.shape[: self.row_axes])
-
-    @property
-    def ids_dtype(self) -> np.dtype:
-        """The dtype of ids, 32 bits if they are enough."""
-        few = self.num_rows <= np.iinfo(np.int32).max
-        return np.dtype(np.int32 if few else np.int64)
-
     def ids(self, indices: ArrayLike) -> tuple[jax.Array, jax.Array | None]:
         """The ids of the rows that are taken, and which of them are in the table.
 
@@ -105,7 +94,8 @@ class Lookup:
 
     def _along(self, axis: int, indices: jax.Array) -> jax.Array | np.ndarray:
         """Where along a row axis the rows are, an axis for each of the result."""
-        window = np.arange(self.sizes[axis], dtype=self.ids_dtype)
+        dtype = ids_dtype(math.prod(self.shape[: self.row_axes]))
+        window = np.arange(self.sizes[axis], dtype=dtype)
         after = self.row_axes - axis - 1
         window = window.reshape((1,) * (len(self.batch) + axis) + (-1,) + (1,) * after)
         start = self._start(axis, indices)
@@ -113,7 +103,7 @@ class Lookup:
             return window
         if axis in self.numbers.start_index_map:
             start = self._clipped(axis, self._seen(axis, jnp.asarray(start)))
-        start = jnp.asarray(start, self.ids_dtype)
+        start = jnp.asarray(start, dtype)
         if self.windows == (1,):
             return start
         return start.reshape(start.shape + (1,) * self.row_axes) + window
@@ -222,6 +212,11 @@ class Lookup:
             fill_value=self.fill,
         )
         return result
+
+
+def ids_dtype(num_rows: int) -> np.dtype:
+    """The dtype of ids, 32 bits if they are enough."""
+    return np.dtype(np.int32 if num_rows <= np.iinfo(np.int32).max else np.int64)
 
 
 def wide(indices: ArrayLike) -> jax.Array:

@@ -9,8 +9,7 @@ import numpy as np
 
 from monolith_optax._rows.gradients.follow_rows import Step
 from monolith_optax._rows.gradients.gather import Lookup
-from monolith_optax._rows.programs.jaxprs import ShardMap
-from monolith_optax._rows.types import ArrayType, Shape
+from monolith_optax._rows.types import Shape
 
 One = TypeVar("One")
 
@@ -37,12 +36,6 @@ class Found(NamedTuple):
     varying: frozenset[str]
     has_gradient: bool
     place: str
-
-    def zeros_shapes(self, types: Sequence[ArrayType]) -> list[Shape]:
-        """For each of the tables, the shape of the rows."""
-        return [
-            (*self.ids_shape, *types[leaf].shape[rows:]) for leaf, rows in self.tables
-        ]
 
     def stacked(self, *sizes: int) -> "Found":
         """The lookup, with as many of them in new first axes."""
@@ -72,7 +65,6 @@ Arrays: TypeAlias = list[jax.Array]
 # What is added to the rows that an equation looks up, and the ids of these rows.
 Zeros: TypeAlias = Each[Arrays]
 Ids: TypeAlias = Each[Arrays]
-NO_IDS: Ids = Each({}, [], [])
 
 
 @dataclass(frozen=True)
@@ -106,27 +98,20 @@ RESULTS = -1
 
 def for_each(tree: Tree, make: Callable[[Found], One]) -> EachOf[One]:
     """What is made of each lookup; a lookup in a loop is all of its runs."""
-    return {index: of_node(tree[index], make) for index in sorted(tree)}
 
+    def of_equation(node: Node) -> Each[One]:
+        return Each(
+            {operand: make(node.taken[operand]) for operand in sorted(node.taken)},
+            list(map(make, node.lookups)),
+            inside(node, lambda found: make(node.all_runs(found))),
+        )
 
-def of_node(node: Node, make: Callable[[Found], One]) -> Each[One]:
-    """What is made of each lookup of one equation."""
-    return Each(
-        {operand: make(node.taken[operand]) for operand in sorted(node.taken)},
-        list(map(make, node.lookups)),
-        inside(node, lambda found: make(node.all_runs(found))),
-    )
+    return {index: of_equation(tree[index]) for index in sorted(tree)}
 
 
 def inside(node: Node, make: Callable[[Found], One]) -> list[EachOf[One]]:
     """What is made of each lookup in one run of the programs of an equation."""
     return [for_each(tree, make) for tree in node.programs]
-
-
-def device_axes(parts: ShardMap, found: Found) -> tuple[str, ...]:
-    """The mesh axes over which a lookup inside a `shard_map` is another one."""
-    axes = parts.axes & found.varying if parts.check_vma else parts.axes
-    return tuple(axis for axis in parts.mesh.axis_names if axis in axes)
 
 
 def lookups_of(tree: Tree) -> list[Found]:

@@ -19,7 +19,7 @@ from monolith_optax._rows.gradients.spread_rows import (
 )
 from monolith_optax._rows.gradients.trace_loss import Loss
 from monolith_optax._rows.programs import jaxprs
-from monolith_optax._rows.types import PyTree
+from monolith_optax._rows.types import ArrayType, PyTree
 
 
 class LossRun:
@@ -60,13 +60,13 @@ class LossRun:
         return value, (aux, ids)
 
     def _zeros(self, found: Found) -> Arrays:
+        def zeros(table: ArrayType, row_axes: int) -> jax.Array:
+            shape = *found.ids_shape, *table.shape[row_axes:]
+            # Minus zero: plus zero would make plus zeros of rows of minus zeros.
+            return jaxprs.as_varying(-jnp.zeros(shape, table.dtype), found.varying)
+
         types = self._loss.types
-        pairs = zip(found.tables, found.zeros_shapes(types), strict=True)
-        # Minus zero: plus zero would make plus zeros of rows of minus zeros.
-        return [
-            jaxprs.as_varying(-jnp.zeros(shape, types[leaf].dtype), found.varying)
-            for (leaf, _), shape in pairs
-        ]
+        return [zeros(types[leaf], row_axes) for leaf, row_axes in found.tables]
 
     def _look_up(self) -> None:
         zeros, structure = jax.tree.flatten(self.rows)

@@ -23,7 +23,6 @@ from monolith_optax._rows.gradients.lookup_tree import (
     Ids,
     Node,
     Zeros,
-    device_axes,
     inside,
 )
 from monolith_optax._rows.gradients.row_images import Parameter, Value, Values
@@ -60,7 +59,7 @@ class ShardMap:
         sizes = dict(parts.mesh.shape)
 
         def of_all_devices(found: Found) -> Found:
-            axes = device_axes(parts, found)
+            axes = _device_axes(parts, found)
             devices = int(np.prod([sizes[axis] for axis in axes], dtype=int))
             outside = found.varying - parts.axes
             return found.stacked(devices)._replace(varying=outside)
@@ -75,7 +74,7 @@ class ShardMap:
         parts = jaxprs.shard_map_parts(equation)
 
         def first_axis(found: Found) -> list[PartitionSpec]:
-            return [PartitionSpec(device_axes(parts, found))] * len(found.tables)
+            return [PartitionSpec(_device_axes(parts, found))] * len(found.tables)
 
         [first] = inside(node, first_axis)
         arrays = list(map(run.scope.whole, operands))
@@ -107,6 +106,12 @@ class ShardMap:
         )
         results, ids = mapped(arrays, added)
         return results, Each({}, [], [ids])
+
+
+def _device_axes(parts: jaxprs.ShardMap, found: Found) -> tuple[str, ...]:
+    """The mesh axes over which a lookup inside a `shard_map` is another one."""
+    axes = parts.axes & found.varying if parts.check_vma else parts.axes
+    return tuple(axis for axis in parts.mesh.axis_names if axis in axes)
 
 
 def _first_row(spec: PartitionSpec, array: jax.Array) -> jax.Array | int:

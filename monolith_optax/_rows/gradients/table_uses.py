@@ -4,9 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-import numpy as np
-
-from monolith_optax._rows.gradients.gather import Lookup
+from monolith_optax._rows.gradients.gather import Lookup, ids_dtype
 from monolith_optax._rows.gradients.image_facts import Facts, Known, Path, leaves_of
 from monolith_optax._rows.gradients.lookup_tree import Found
 from monolith_optax._rows.programs import jaxprs
@@ -163,8 +161,7 @@ class Uses:
             self._count(leaf, axes, place)
             tables.append((leaf, axes))
             most = max(most, math.prod(self.types[leaf].shape[:axes]))
-        dtype = np.dtype(np.int32 if most <= np.iinfo(np.int32).max else np.int64)
-        varying = jaxprs.varying(type_of(atom))
+        dtype, varying = ids_dtype(most), jaxprs.varying(type_of(atom))
         return Found(lookup, tuple(tables), ids_shape, dtype, varying, True, place)
 
     def _count(self, leaf: int, row_axes: int, place: str) -> None:
