@@ -54,8 +54,8 @@ class Plan:
             name: with_row_axis(sharding, self.row_axes, split)
             for name, sharding in self._shardings().items()
         }
-        operands = alike(self._fitting(operands))
-        return bind(self.equation, operands, **shardings | self.sizes(num_rows))
+        changed = shardings | self.sizes(num_rows)
+        return bind(self.equation, alike(self._fitting(operands)), **changed)
 
     def evaluate(self, values: Sequence[np.ndarray]) -> list[np.ndarray]:
         """The results for numbers that all entries of the operands have."""
