@@ -191,12 +191,11 @@ class Finder:
                 self.empty_shapes.add(shape)
         numbers = [value for value in operands if isinstance(value, Number)]
         are_numbers = operands and len(numbers) == len(operands)
-        if are_numbers and jaxprs.result_shapes(equation) == [()]:
+        if are_numbers and [type_of(out).shape for out in equation.outvars] == [()]:
             return [Number(None, equation, numbers)]
         from_data = any(value is True or is_data(value) for value in operands)
         if not from_data and name in jaxprs.CALLS | jaxprs.CUSTOM_DERIVATIVES:
-            called = jaxprs.called_program(equation)
-            assert called is not None
+            [called] = jaxprs.programs_of(equation)
             from_data = any(self.is_data(each) for each in called.consts)
         return [from_data] * len(equation.outvars)
 

@@ -201,8 +201,7 @@ def _turned(equation: Equation, values: Sequence[Known]) -> Steps | None:
 
 
 def _rule_keeps_rows(equation: Equation, values: Sequence[Known]) -> bool:
-    program = jaxprs.called_program(equation)
-    assert program is not None
+    [program] = jaxprs.programs_of(equation)
     tables = [i for i, value in enumerate(values) if is_table(value)]
     if any(type_of(equation.invars[i]).shape == () for i in tables):
         return False

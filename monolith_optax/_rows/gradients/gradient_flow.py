@@ -58,18 +58,13 @@ class GradientFlow:
         name = str(equation.primitive.name)
         if name == "stop_gradient":
             return [False]
-        if name in jaxprs.CALLS:
-            program = jaxprs.called_program(equation)
-            assert program is not None
-            return self.operands(program, results)
-        if name == "cond":
-            branches = jaxprs.branches(equation)
-            flags = [self.operands(branch, results) for branch in branches]
-            return [False, *map(any, zip(*flags, strict=True))]
         if name == "scan":
-            return self.operands(
-                jaxprs.scan_parts(equation).body, self.of_scan(equation, results)
-            )
+            results = self.of_scan(equation, results)
+        if name in _PROGRAMS:
+            programs = jaxprs.programs_of(equation)
+            flags = [self.operands(program, results) for program in programs]
+            into = map(any, zip(*flags, strict=True))
+            return [False, *into] if name == "cond" else list(into)
         if name == "shard_map":
             return self.operands(jaxprs.shard_map_parts(equation).body, results)
         return [True] * len(equation.invars)
@@ -84,6 +79,10 @@ class GradientFlow:
             if carry == flags[:num_carry]:
                 return flags
             flags[:num_carry] = carry
+
+
+# What runs programs whose results are its own.
+_PROGRAMS = jaxprs.CALLS | {"cond", "scan"}
 
 
 def _may_have_gradient(atom: Atom) -> TypeGuard[Variable]:

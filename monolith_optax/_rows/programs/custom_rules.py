@@ -44,8 +44,7 @@ def run_with_derivatives(
       operands: its operands, whole or rows.
       kinds: the kinds of its results, if they are known.
     """
-    program = jaxprs.called_program(equation)
-    assert program is not None
+    [program] = jaxprs.programs_of(equation)
     if kinds is None:
         kinds = _kinds(run, program, operands)
     table = next(value.table for value in operands if isinstance(value, Rows))

@@ -25,8 +25,7 @@ def _together(equation: Equation, values: list[Sources]) -> list[Sources]:
 
 
 def _call(equation: Equation, values: list[Sources]) -> list[Sources]:
-    program = jaxprs.called_program(equation)
-    assert program is not None
+    [program] = jaxprs.programs_of(equation)
     return sources(program, values)
 
 

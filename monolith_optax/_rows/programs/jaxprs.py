@@ -87,8 +87,7 @@ def inlined(program: Program) -> Program:
     def step(equation: Equation, operands: list[ArrayLike]) -> Sequence[ArrayLike]:
         if equation.primitive.name not in CALLS - CHECKPOINTS:
             return bind(equation, operands)
-        called = called_program(equation)
-        assert called is not None
+        [called] = programs_of(equation)
         return run(called, operands)
 
     def run(program: Program, operands: Sequence[ArrayLike]) -> list[ArrayLike]:
@@ -201,11 +200,6 @@ def is_variable(atom: Atom) -> TypeGuard[Variable]:
 def shapes_of(equation: Equation) -> list[Shape]:
     """The shapes of the operands of an equation."""
     return [type_of(operand).shape for operand in equation.invars]
-
-
-def result_shapes(equation: Equation) -> list[Shape]:
-    """The shapes of its results."""
-    return [type_of(result).shape for result in equation.outvars]
 
 
 def source_line(equation: Equation, *callers: Equation) -> str:

@@ -25,7 +25,7 @@ from monolith_optax._rows.programs import (
 )
 from monolith_optax._rows.programs.custom_rules import run_with_derivatives
 from monolith_optax._rows.programs.inner_programs import InnerPrograms
-from monolith_optax._rows.programs.jaxprs import Equation, Program
+from monolith_optax._rows.programs.jaxprs import Equation, Program, type_of
 from monolith_optax._rows.programs.row_values import (
     Chosen,
     Given,
@@ -91,8 +91,7 @@ class Runner:
     def _step(self, equation: Equation, operands: list[Value]) -> Sequence[Value]:
         name = str(equation.primitive.name)
         if name in jaxprs.CALLS:
-            program = jaxprs.called_program(equation)
-            assert program is not None
+            [program] = jaxprs.programs_of(equation)
             try:
                 return self._inside(equation, 0, program, operands)
             except MixesRowsError as error:
@@ -155,7 +154,7 @@ class Runner:
 
     def _plans(self, equation: Equation, by_row: list[bool]) -> list[row_rules.Plan]:
         """Ways to make results that are as long as tables of rows, or from nothing."""
-        shapes = jaxprs.result_shapes(equation)
+        shapes = [type_of(result).shape for result in equation.outvars]
         found = [
             row_rules.plan(equation, by_row, len(axes))
             for axes in self._as_long(*shapes)
@@ -235,11 +234,8 @@ class Runner:
         self, equation: Equation, operands: list[Value]
     ) -> Sequence[Value]:
         """Runs a `custom_jvp` or `custom_vjp` function so that it keeps its rule."""
-        program, table = (
-            jaxprs.called_program(equation),
-            _common_table(equation, operands),
-        )
-        assert program is not None
+        [program] = jaxprs.programs_of(equation)
+        table = _common_table(equation, operands)
         operands = [
             Rows(value.at(table), table, value.constant)
             if table and isinstance(value, Later)

@@ -115,8 +115,7 @@ def combined(program: Program, sources: Sequence[Source | None]) -> Groups:
     def step(equation: Equation, operands: list[Sources]) -> Sequence[Sources]:
         name = equation.primitive.name
         if name in jaxprs.CALLS | jaxprs.CUSTOM_DERIVATIVES:
-            called = jaxprs.called_program(equation)
-            assert called is not None
+            [called] = jaxprs.programs_of(equation)
             return run(called, operands)
         if name == "cond":
             each = [run(branch, operands[1:]) for branch in jaxprs.branches(equation)]
