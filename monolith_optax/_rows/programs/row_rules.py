@@ -73,7 +73,7 @@ def _elementwise(equation: Equation, by_row: list[bool], count: int) -> Plan | N
 def _broadcast_in_dim(
     equation: Equation, by_row: list[bool], count: int
 ) -> Plan | None:
-    shape, [before] = equation.params["shape"], shapes_of(equation)
+    shape, before = equation.params["shape"], type_of(equation.invars[0]).shape
     axes = tuple(equation.params["broadcast_dimensions"])
     has_rows = axes[:count] == tuple(range(count)) and before[:count] == shape[:count]
     if len(shape) < count or by_row[0] != has_rows:
