@@ -66,6 +66,14 @@ def _dot_general(params, a, b):
     return np.einsum(f"{''.join(of_a)},{''.join(of_b)}->{results}", a, b)
 
 
+def _bitcast(params, x):
+    new = np.dtype(params["new_dtype"])
+    if new.itemsize < x.itemsize:
+        x = x[..., None]
+    bits = x.copy().view(new)
+    return bits.squeeze(-1) if new.itemsize > x.itemsize else bits
+
+
 def _starts(starts, shape, sizes):
     return np.clip(np.asarray(starts, int), 0, np.subtract(shape, sizes))
 
@@ -187,7 +195,7 @@ IN_NUMPY = {
 IN_NUMPY |= {
     "argmax": lambda p, x: np.argmax(x, *p["axes"]),
     "argmin": lambda p, x: np.argmin(x, *p["axes"]),
-    "bitcast_convert_type": lambda p, x: x.view(p["new_dtype"]),
+    "bitcast_convert_type": _bitcast,
     "broadcast_in_dim": _broadcast,
     "clamp": lambda _, low, x, high: np.minimum(np.maximum(low, x), high),
     "concatenate": lambda p, *xs: np.concatenate(xs, p["dimension"]),

@@ -30,6 +30,8 @@ def plan(equation: Equation, by_row: Sequence[bool], row_axes: int = 1) -> Plan 
         return _elementwise(equation, list(by_row), row_axes)
     if name not in RULES or not equation.outvars:
         return None
+    if not any(by_row) and name not in MAKERS:
+        return None
     return RULES[name](equation, list(by_row), row_axes)
 
 
@@ -58,9 +60,6 @@ def _elementwise(equation: Equation, by_row: list[bool], count: int) -> Plan | N
     needed = []
     for atom, row in zip(equation.invars, by_row, strict=True):
         operand = type_of(atom).shape
-        for size, wanted in zip(operand, shape, strict=False):
-            if size not in (1, wanted):
-                return None
         first = operand[:count]
         if row and first != axes:
             return None
@@ -111,16 +110,6 @@ def _of_axes(name: str) -> "Rule":
     return rule
 
 
-def _joined(name: str) -> "Rule":
-    """Operands side by side: all of them need rows."""
-
-    def rule(equation: Equation, by_row: list[bool], count: int) -> Plan | None:
-        found = _of_axes(name)(equation, [True] * len(by_row), count)
-        return found if any(by_row) else None
-
-    return rule
-
-
 def _dot_general(equation: Equation, by_row: list[bool], count: int) -> Plan | None:
     contracted, batch = equation.params["dimension_numbers"]
     rows = tuple(range(count))
@@ -136,7 +125,7 @@ def _dot_general(equation: Equation, by_row: list[bool], count: int) -> Plan | N
         )
         needed = [True, True]
     else:
-        if batch[0] or all(by_row) or not any(by_row):
+        if batch[0]:
             return None
         is_vector = len(contracted[0]) == len(shapes_of(equation)[0])
         if by_row[1] and not is_vector:
@@ -155,7 +144,7 @@ def _dot_general(equation: Equation, by_row: list[bool], count: int) -> Plan | N
 def _iota(equation: Equation, by_row: list[bool], count: int) -> Plan | None:
     """Indices of columns."""
     shape, axis = equation.params["shape"], equation.params["dimension"]
-    if any(by_row) or axis < count:
+    if axis < count:
         return None
     return Plan(
         equation,
@@ -182,9 +171,7 @@ def _random_bits(equation: Equation, by_row: list[bool], count: int) -> Plan | N
 
 def _reshape(equation: Equation, by_row: list[bool], count: int) -> Plan | None:
     shape, before = equation.params["new_sizes"], shapes_of(equation)[0]
-    if len(shape) < count or shape[:count] != before[:count]:
-        return None
-    if equation.params["dimensions"] is not None or not any(by_row):
+    if equation.params["dimensions"] is not None or shape[:count] != before[:count]:
         return None
     return Plan(
         equation,
@@ -217,7 +204,7 @@ def _slice(equation: Equation, by_row: list[bool], count: int) -> Plan | None:
 def _pad(equation: Equation, by_row: list[bool], count: int) -> Plan | None:
     """Columns beside those of the first operand; the second is one number."""
     config = tuple(equation.params["padding_config"])
-    if by_row[1] or any(any(sizes) for sizes in config[:count]):
+    if any(any(sizes) for sizes in config[:count]):
         return None
     moved = ((0, 0, 0), *config[count:])
     return Plan(equation, by_row, lambda _: {"padding_config": moved}, count)
@@ -256,7 +243,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("reduce_xor", "argmax", "argmin"), _of_axes("axes")),
     **dict.fromkeys(("cumsum", "cumprod", "cummax", "cummin"), _of_axes("axis")),
     "broadcast_in_dim": _broadcast_in_dim,
-    "concatenate": _joined("dimension"),
+    "concatenate": _of_axes("dimension"),
     "cumlogsumexp": _of_axes("axis"),
     "dot_general": _dot_general,
     "iota": _iota,
@@ -268,7 +255,7 @@ RULES: dict[str, Rule] = {
     "sort": _of_axes("dimension"),
     "split": _of_axes("axis"),
     "squeeze": _of_axes("dimensions"),
-    "stack": _joined("axis"),
+    "stack": _of_axes("axis"),
     "tile": _tile,
     "top_k": _top_k,
     "transpose": _transpose,
