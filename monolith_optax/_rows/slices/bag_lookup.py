@@ -82,13 +82,8 @@ def bag_lookup(
         rows = rows * scale.reshape(-1, *[1] * len(row_shape))
     sums = _sum(rows, bags, num_bags)
     if combiner != "sum":
-        squares = scale if combiner == "mean" else scale * scale
-        total = _sum(squares, bags, num_bags)
-        total = (
-            total if combiner == "mean" else jnp.sqrt(jnp.where(total > 0, total, 1))
-        )
-        total = jnp.where(total == 0, 1, total).reshape(-1, *[1] * len(row_shape))
-        sums = sums / total
+        total = _total(scale, bags, num_bags, combiner)
+        sums = sums / total.reshape(-1, *[1] * len(row_shape))
     return sums.astype(table.dtype)
 
 
