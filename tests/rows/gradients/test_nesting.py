@@ -139,6 +139,16 @@ def test_nested_lookups(name):
     check(NESTED[name], params, IDS, rows={"t"}, small=True)
 
 
+def test_a_checkpoint_that_passes_on_the_second_of_two_images():
+    def loss(params, ids):
+        left, right = jnp.split(params["t"], 2, axis=1)
+        passed = jax.checkpoint(lambda left, right: (right, left[ids].sum()))
+        return jnp.sum(jnp.sin(passed(left, right)[0][ids]))
+
+    params = {"t": normal(N, 4)}
+    check(loss, params, IDS, rows={"t"})
+
+
 def test_a_vmapped_cond_is_dense_as_jax_repeats_the_table_for_it():
     params = {"t": normal(N, D)}
     check(in_vmapped_cond, params, IDS, rows=set())
