@@ -102,12 +102,6 @@ def changed_row(equation: Equation) -> Lookup | None:
     return found if found.sizes[1:] == found.shape[1:] else None
 
 
-def is_concatenation(equation: Equation) -> bool:
-    """Whether an equation puts rows after one another."""
-    name = equation.primitive.name
-    return bool(name == "concatenate" and equation.params["dimension"] == 0)
-
-
 def indices_of(equation: Equation, operands: Sequence[jax.Array]) -> jax.Array:
     """The indices of what is taken, in the form of a gather's.
 

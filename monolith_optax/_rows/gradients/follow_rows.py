@@ -102,13 +102,19 @@ def _way(equation: Equation, values: Sequence[Known]) -> Way | None:
         only_first = isinstance(values[0], Facts) and not leaves_of(values[1:])
         row = as_gather.changed_row(equation) if only_first else None
         return Changed(row) if row else None
-    if as_gather.is_concatenation(equation):
+    if _is_concatenation(equation):
         return Concatenated()
     by_row = list(map(is_table, values))
     if not any(by_row):
         by_row = [isinstance(value, Facts) for value in values]
     plan = row_rules.plan(equation, by_row)
     return Planned(plan) if plan else None
+
+
+def _is_concatenation(equation: Equation) -> bool:
+    """Whether an equation puts rows after one another."""
+    name = equation.primitive.name
+    return bool(name == "concatenate" and equation.params["dimension"] == 0)
 
 
 def _combined(equation: Equation, values: Sequence[Known]) -> Facts | None:
@@ -130,7 +136,7 @@ def _combined(equation: Equation, values: Sequence[Known]) -> Facts | None:
         sources.update(*(image.sources for image in tables))
     else:  # a row for each index of the first axis
         columns = (len(shape) - 1,) * 2
-        first_row, together = 0, as_gather.is_concatenation(equation)
+        first_row, together = 0, _is_concatenation(equation)
         for atom, value in operands:
             if is_table(value):
                 low, high = value.columns
@@ -227,11 +233,7 @@ def _results(program: Program, operands: Sequence[Known]) -> list[Known] | None:
         else:
             facts = _combined(equation, operands) if _way(equation, operands) else None
             results = [facts] * len(equation.outvars) if facts else None
-        if (
-            not results
-            or as_gather.is_concatenation(equation)
-            or name in as_gather.CHANGES
-        ):
+        if not results or _is_concatenation(equation) or name in as_gather.CHANGES:
             raise MixesRowsError("mixes rows", equation)
         return results
 

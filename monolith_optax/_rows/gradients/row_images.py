@@ -59,7 +59,7 @@ class Image:
             return (yield from self.way.rows(self, at))
         arrays: list[jax.Array] = []
         for value in self.operands:
-            arrays += [(yield from whole_of(value))]
+            arrays += [(yield from made_of(value, None))]
         return jaxprs.bind(self.equation, arrays)[self.index]
 
 
@@ -131,15 +131,12 @@ class Positions:
         return part, inside.reshape(-1)
 
 
-def rows_of(value: Value, at: Positions) -> Making:
-    """Makes the rows of a value at some positions."""
-    return (yield value, at) if isinstance(value, Image) else at.fetch(value)
-
-
-def whole_of(value: Value) -> Making:
-    """Makes all of a value."""
+def made_of(value: Value, at: Positions | None) -> Making:
+    """Makes the rows of a value at some positions; None: all of it."""
     if isinstance(value, Image):
-        return (yield value, None)
+        return (yield value, at)
+    if at is not None:
+        return at.fetch(value)
     return value.array if isinstance(value, Parameter) else value
 
 
@@ -154,12 +151,8 @@ class Scope:
 
     def rows(self, value: Value, at: Positions) -> jax.Array:
         """The rows of a value at some positions, one after the other."""
-        if isinstance(value, Image):
-            return made(value, at, self._done)
-        return at.fetch(value)
+        return made(made_of(value, at), self._done)
 
     def whole(self, value: Value) -> jax.Array:
         """All of a value."""
-        if isinstance(value, Image):
-            return made(value, None, self._done)
-        return value.array if isinstance(value, Parameter) else value
+        return made(made_of(value, None), self._done)

@@ -12,8 +12,7 @@ from monolith_optax._rows.gradients.row_images import (
     Image,
     Making,
     Positions,
-    rows_of,
-    whole_of,
+    made_of,
 )
 from monolith_optax._rows.gradients.row_maps import RowMap
 from monolith_optax._rows.programs import jaxprs, row_rules
@@ -33,8 +32,7 @@ class Planned:
     def rows(self, image: Image, at: Positions) -> Making:
         arrays = []
         for by_row, value in zip(self.plan.by_row, image.operands, strict=True):
-            making = rows_of(value, at) if by_row else whole_of(value)
-            arrays.append((yield from making))
+            arrays.append((yield from made_of(value, at if by_row else None)))
         if image.equation.primitive.name in VARYING:
             return arrays[0]  # rows vary as their ids do already
         return self.plan.apply(at.count, arrays)[image.index]
@@ -50,7 +48,7 @@ class Moved:
         columns = len(self.row_map.after) - at.row_axes
         row_axes = len(self.row_map.before) - columns
         there = at.moved(self.row_map.ids(at.ids, columns), row_axes)
-        return (yield from rows_of(image.operands[0], there))
+        return (yield from made_of(image.operands[0], there))
 
 
 @dataclass(frozen=True)
@@ -65,7 +63,7 @@ class Concatenated:
             first_row += num_rows
             if num_rows == 0:
                 continue
-            here = yield from rows_of(value, part)
+            here = yield from made_of(value, part)
             inside = inside.reshape(-1, *[1] * (here.ndim - 1))
             if result is not None:
                 inside, here, result = jaxprs.alike([inside, here, result])
@@ -82,9 +80,9 @@ class Changed:
     row: Lookup
 
     def rows(self, image: Image, at: Positions) -> Making:
-        before = yield from rows_of(image.operands[0], at)
-        indices = yield from whole_of(image.operands[1])
-        update = yield from whole_of(image.operands[2])
+        before = yield from made_of(image.operands[0], at)
+        indices = yield from made_of(image.operands[1], None)
+        update = yield from made_of(image.operands[2], None)
         row, valid = self.row.ids(indices)
         flat = at.ids.reshape(-1)
         here: jax.Array = flat == row.astype(flat.dtype).reshape(())
@@ -113,10 +111,8 @@ class Ruled:
         table = _Anywhere("the table", num_rows, at.ids.reshape(-1))
         operands: list[Value] = []
         for by_row, value in zip(self.by_row, image.operands, strict=True):
-            if by_row:
-                operands.append(Rows((yield from rows_of(value, at)), table))
-            else:
-                operands.append(Whole((yield from whole_of(value))))
+            array = yield from made_of(value, at if by_row else None)
+            operands.append(Rows(array, table) if by_row else Whole(array))
         run = Runner([table]).run
         results = run_with_derivatives(run, image.equation, operands)
         return results[image.index].at(table)

@@ -25,27 +25,27 @@ class MadeLater(Protocol[Where]):
         """Makes it for one place, from other values."""
 
 
-def made(value: MadeLater[Where], where: Where, done: Done[Where]) -> jax.Array:
-    """What is made of a value somewhere, once for each.
+def made(making: Making[Where], done: Done[Where]) -> jax.Array:
+    """What a generator returns; what it needs is made once for each place.
 
     Args:
-      value: the value.
-      where: where it is needed.
+      making: the generator.
       done: what has been made already; all that this needs is added to it.
     """
-    if (value, where) in done:
-        return done[value, where]
-    left = [((value, where), value.make(where))]
-    sent = None
-    while left:
-        key, making = left[-1]
+    left, sent = [making], None
+    keys: list[tuple[MadeLater[Where], Where]] = []
+    while True:
         try:
-            needed = next(making) if sent is None else making.send(sent)
+            needed = next(left[-1]) if sent is None else left[-1].send(sent)
         except StopIteration as finished:
-            done[key] = sent = finished.value
+            result: jax.Array = finished.value
             left.pop()
-            continue
-        sent = done.get(needed)
-        if sent is None:
-            left.append((needed, needed[0].make(needed[1])))
-    return done[value, where]
+            if not left:
+                return result
+            done[keys.pop()] = sent = result
+        else:
+            sent = done.get(needed)
+            if sent is None:
+                value, where = needed
+                keys.append(needed)
+                left.append(value.make(where))

@@ -121,7 +121,7 @@ class Later:
 
     def at(self, table: Table | None) -> jax.Array:
         """The rows of a table's batch; or all there are."""
-        return made(self, table, {})
+        return made(self.make(table), {})
 
 
 @dataclass(frozen=True, eq=False)
