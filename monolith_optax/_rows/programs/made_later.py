@@ -2,7 +2,7 @@
 
 Where they are needed is known later than what they are made of. So each value has a
 generator that makes it for one such place, and yields what it needs for that: other
-values, and where. A chain of them may be longer than Python's stack, so that no value
+values, and where. A chain of them may be longer than Python's stack, so no value
 calls another.
 """
 
