@@ -168,14 +168,7 @@ def _same(values: Sequence[Found]) -> Found:
     first = plain[0]
     if any(value != first for value in plain):
         return None
-    if not first and (
-        any(value is _EITHER_ZERO for value in values)
-        or len({_is_negative(value) for value in plain}) > 1
-    ):
+    signs = {bool(np.signbit(np.real(value))) for value in plain}
+    if len(signs) > 1 or any(value is _EITHER_ZERO for value in values):
         return _EITHER_ZERO
     return first
-
-
-def _is_negative(zero: np.ndarray) -> bool:
-    """Whether a zero is -0."""
-    return bool(np.signbit(np.real(np.asarray(zero)).astype(float)))

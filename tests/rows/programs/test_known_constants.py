@@ -6,9 +6,18 @@ import numpy as np
 import optax
 import pytest
 from dense_rows import NUM_ROWS, assert_lazy_is_dense, assert_refused, stateless
+from jax import lax
 from jax.sharding import AxisType, PartitionSpec
 
 from monolith_optax import RowSlices, lazy_rows
+from monolith_optax._rows.programs import known_constants, row_rules
+from monolith_optax._rows.programs.known_constants import (
+    UNKNOWN,
+    ZERO,
+    Constant,
+    joined,
+    literal,
+)
 
 pytestmark = pytest.mark.usefixtures("float64", "mixed_dtypes")
 
@@ -157,3 +166,106 @@ def test_a_table_of_one_row_is_not_taken_for_a_number():
     inner = optax.stateless_with_tree_map(lambda g, p: g * jnp.ones((5, 2)).sum() + p)
     updates, _ = lazy_rows(inner).update(slices, inner.init(table), table)
     np.testing.assert_array_equal(updates.to_dense(1), [[21.0, 21.0]])
+
+
+ONE, THREE, MINUS_ZERO, TRUE, FALSE = map(literal, [1.0, 3.0, -0.0, True, False])
+EITHER_ZERO = joined([ZERO, MINUS_ZERO])
+
+
+def described(constant):
+    """Two zeros are the same only if their signs are."""
+    found = constant.found
+    if found is None:
+        return "unknown"
+    return repr(complex(found)) if isinstance(found, np.ndarray) else "either zero"
+
+
+def after(function, types, operands):
+    """What is known of the result of one operation on pairs of numbers."""
+    pairs = [jnp.ones(2, dtype) for dtype in types]
+    [equation] = jax.make_jaxpr(function)(*pairs).jaxpr.eqns
+    plan = row_rules.plan(equation, [True] * len(operands))
+    return known_constants.after(equation, operands, plan.evaluate)[0]
+
+
+# Operations, the types of their operands, what is known of these, and of the result.
+AFTER = {
+    "negated": (lax.neg, "d", [ZERO], MINUS_ZERO),
+    "complex": (lax.neg, "D", [ONE], literal(complex(-1.0, -0.0))),
+    "either, negated": (lax.neg, "d", [EITHER_ZERO], EITHER_ZERO),
+    "either, squared": (lax.square, "d", [EITHER_ZERO], ZERO),
+    "over either": (lax.div, "dd", [ONE, EITHER_ZERO], UNKNOWN),
+    "finite": (lax.is_finite, "d", [ZERO], TRUE),
+    "of the unknown": (lax.is_finite, "d", [UNKNOWN], UNKNOWN),
+    "product of numbers": (lax.mul, "dd", [THREE, ZERO], ZERO),
+    "product with zero": (lax.mul, "dd", [UNKNOWN, ZERO], EITHER_ZERO),
+    "product with either": (lax.mul, "dd", [EITHER_ZERO, UNKNOWN], EITHER_ZERO),
+    "product with one": (lax.mul, "dd", [UNKNOWN, ONE], UNKNOWN),
+    "sum with zero": (lax.add, "dd", [UNKNOWN, ZERO], UNKNOWN),
+    "zero above": (lax.div, "dd", [ZERO, UNKNOWN], EITHER_ZERO),
+    "zero below": (lax.div, "dd", [UNKNOWN, ZERO], UNKNOWN),
+    "one above": (lax.div, "dd", [ONE, UNKNOWN], UNKNOWN),
+    "one of the same": (lax.select_n, "?dd", [UNKNOWN, THREE, THREE], THREE),
+    "one of two": (lax.select_n, "?dd", [UNKNOWN, THREE, ONE], UNKNOWN),
+    "one of zeros": (lax.select_n, "?dd", [UNKNOWN, ZERO, MINUS_ZERO], EITHER_ZERO),
+    "the first": (lax.select_n, "?dd", [FALSE, THREE, UNKNOWN], THREE),
+    "the second": (lax.select_n, "?dd", [TRUE, UNKNOWN, THREE], THREE),
+    "that of a zero": (lax.select_n, "idd", [EITHER_ZERO, THREE, UNKNOWN], THREE),
+    "not": (lax.bitwise_not, "?", [ZERO], TRUE),
+    "and false": (lax.bitwise_and, "??", [UNKNOWN, ZERO], FALSE),
+    "and true": (lax.bitwise_and, "??", [UNKNOWN, TRUE], UNKNOWN),
+    "spread": (lambda x: lax.broadcast_in_dim(x, (2, 3), (0,)), "d", [THREE], THREE),
+    "to nothing": (
+        lambda x: lax.broadcast_in_dim(x, (2, 0), (0,)), "d", [THREE], UNKNOWN
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", AFTER)
+def test_what_is_known_after_an_operation(name):
+    function, types, operands, expected = AFTER[name]
+    assert described(after(function, types, operands)) == described(expected)
+
+
+def test_what_is_known_of_one_of_several():
+    assert described(joined([ONE, ONE])) == described(ONE)
+    assert described(joined([ONE, THREE])) == "unknown"
+    assert described(joined([ZERO, ZERO])) == described(ZERO)
+    assert described(joined([ZERO, UNKNOWN])) == "unknown"
+    assert described(joined([UNKNOWN, UNKNOWN])) == "unknown"
+    assert described(joined([ZERO, EITHER_ZERO])) == "either zero"
+    assert described(joined([literal(0j), literal(-0j)])) == "either zero"
+    assert described(joined([EITHER_ZERO, THREE])) == "unknown"
+
+
+def test_only_numbers_that_are_written_in_a_program_are_known():
+    assert described(literal(np.float32(1))) == described(ONE)
+    assert described(literal(jnp.ones(()))) == "unknown"
+    assert described(literal(np.ones(1))) == "unknown"
+
+
+def test_which_constants_are_zero():
+    zeros = [ZERO, MINUS_ZERO, EITHER_ZERO, FALSE]
+    assert all(constant.is_zero() for constant in zeros)
+    assert not any(constant.is_zero() for constant in (ONE, UNKNOWN, TRUE))
+    np.testing.assert_array_equal(EITHER_ZERO.value, 0.0)
+
+
+def test_operations_that_place_arrays_are_not_run():
+    pairs = jnp.ones(2), jnp.ones(2)
+    [equation] = jax.make_jaxpr(lax.optimization_barrier)(pairs).jaxpr.eqns
+    after = known_constants.after(equation, [EITHER_ZERO, THREE], lambda _: 1 / 0)
+    assert list(map(described, after)) == ["either zero", described(THREE)]
+
+
+def test_nothing_is_computed_before_it_is_asked_for_and_chains_have_any_length():
+    found = []
+
+    def following(constant):
+        return Constant(lambda: found.append(1) or constant.found, [constant])
+
+    last = following(ONE)
+    assert not found
+    for _ in range(5000):
+        last = following(last)
+    assert described(last) == described(ONE)
