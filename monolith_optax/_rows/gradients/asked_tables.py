@@ -9,7 +9,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from monolith_optax._rows.slices.exchange import Axes, axes_of_rows
 from monolith_optax._rows.slices.exchange_cost import exchange_of, in_bytes
-from monolith_optax._rows.slices.spread import Spread
+from monolith_optax._rows.slices.spread import Spread, check_rows
 from monolith_optax._rows.types import PyTree
 
 
@@ -21,13 +21,7 @@ class Axis(NamedTuple):
 
     def spread(self, name: str, shape: tuple[int, ...], row_axes: int) -> Spread:
         """How a table of a shape is spread, whose first axes are rows."""
-        devices = self.owners
-        if shape[0] % devices or not shape[0]:
-            more = devices * max(-(-shape[0] // devices), 1)
-            raise ValueError(
-                f"tables spreads {name} over {devices} devices, but it has {shape[0]} "
-                f"rows, which cannot be divided among them: make it {more}."
-            )
+        check_rows(name, shape[0], self.owners)
         return Spread(self.mesh, self.axes, math.prod(shape[:row_axes]))
 
     @property

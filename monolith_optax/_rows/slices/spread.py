@@ -100,6 +100,16 @@ class Spread:
         return AxisType.Explicit in self.mesh.axis_types
 
 
+def check_rows(name: str, num_rows: int, devices: int) -> None:
+    """Raises an error if the rows of a table cannot be spread evenly."""
+    if num_rows % devices or not num_rows:
+        more = devices * max(-(-num_rows // devices), 1)
+        raise ValueError(
+            f"{name} is to be spread over {devices} devices, but it has {num_rows} "
+            f"rows, which cannot be divided among them: make it {more}."
+        )
+
+
 def _is_spec(node: object) -> bool:
     return isinstance(node, PartitionSpec)
 

@@ -12,6 +12,7 @@ from jax.tree_util import keystr
 from monolith_optax._public import public
 from monolith_optax._rows.slices.exchange import axes_of_rows
 from monolith_optax._rows.slices.exchange_cost import exchange_of, in_bytes
+from monolith_optax._rows.slices.spread import check_rows
 from monolith_optax._rows.steps.slot_shardings import slot_shardings
 from monolith_optax._rows.steps.state_leaves import owners
 from monolith_optax._rows.types import PyTree
@@ -124,10 +125,11 @@ def plan_tables(
     number = math.prod(mesh.shape[axis] for axis in axes)
     structure: Any
     paths, structure = jax.tree.flatten_with_path(params)
+    names = [keystr(path, simple=True, separator=".") or "params" for path, _ in paths]
     counts: list[PyTree] = structure.flatten_up_to(ids)
     slots = _Slots(tx, params)
     is_spread, costs = [], []
-    for index, ((path, leaf), count) in enumerate(zip(paths, counts, strict=True)):
+    for index, ((_, leaf), count) in enumerate(zip(paths, counts, strict=True)):
         # The sum of a dense gradient, which a step keeps beside its updates.
         cost, rowwise = (2 * _nbytes(leaf), 2 * _nbytes(leaf)), False
         if count:
@@ -135,7 +137,7 @@ def plan_tables(
             found = exchange_of(count, leaf.shape[1:], leaf.dtype, number, copies)
             rowwise = found.sent < cost[0]
         if rowwise:
-            _check_rows(keystr(path), leaf, number)
+            check_rows(names[index], leaf.shape[0], number)
             at_once = _ROWS_AT_ONCE * _nbytes(leaf) + slots.nbytes(index)
             cost = found.sent, found.places * at_once // leaf.shape[0]
         is_spread.append(rowwise)
@@ -144,7 +146,6 @@ def plan_tables(
     where = structure.unflatten([spread if each else whole for each in is_spread])
     held = slots.held(where)
     plans = map(LeafPlan, is_spread, held, *zip(*costs, strict=True))
-    names = [keystr(path, simple=True, separator=".") or "params" for path, _ in paths]
     return TablePlan(
         structure.unflatten([spread.spec if each else False for each in is_spread]),
         where,
@@ -156,14 +157,6 @@ def _axes(spread: NamedSharding) -> tuple[str, ...]:
     if not (axes := axes_of_rows(spread.spec)):
         raise ValueError(f"spread must split rows over mesh axes, but it is {spread}.")
     return axes
-
-
-def _check_rows(name: str, leaf: PyTree, number: int) -> None:
-    if leaf.shape[0] % number:
-        raise ValueError(
-            f"{name} has {leaf.shape[0]} rows, which cannot be divided among {number} "
-            f"devices: make it {number * -(-leaf.shape[0] // number)}."
-        )
 
 
 class _Slots:

@@ -52,9 +52,7 @@ def test_all_slots_are_held_and_rowwise_ones_are_small():
 
 
 def test_what_cannot_be_planned():
-    with pytest.raises(
-        ValueError, match=r"1000003 rows, .* 8 devices: make it 1000008"
-    ):
+    with pytest.raises(ValueError, match=r"8 devices, .* 1000003 .* make it 1000008"):
         plan_tables(ADAGRAD, table(1_000_003, 16), 64, SPREAD)
     with pytest.raises(ValueError, match="spread must split rows over mesh axes"):
         plan_tables(ADAGRAD, table(80, 16), 64, NamedSharding(MESH, P()))
