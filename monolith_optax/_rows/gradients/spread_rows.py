@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from monolith_optax._rows.gradients.lookup_tree import Found, Node, Tree, lookups_of
+from monolith_optax._rows.gradients.lookup_tree import RESULTS, Found, Tree, lookups_of
 from monolith_optax._rows.programs import jaxprs
 from monolith_optax._rows.programs.dependencies import sources
 from monolith_optax._rows.programs.jaxprs import Program
@@ -114,34 +114,43 @@ def check_inside(
     """Refuses lookups of spread tables whose rows cannot be looked up before.
 
     Raises:
-      ValueError: a lookup is in a while loop or in a `shard_map`.
+      ValueError: a lookup is in a while loop or in a `shard_map`, or a function with a
+        derivative rule, which runs with whole tables.
     """
 
     def check(program: Program, tree: Tree) -> None:
         for index, node in tree.items():
-            if not node.programs:
+            if index == RESULTS:
                 continue
             equation = program.jaxpr.eqns[index]
             name = str(equation.primitive.name)
+            inside = [each for its in node.programs for each in lookups_of(its)]
+            if name in jaxprs.CUSTOM_DERIVATIVES:
+                refuse(node.lookups, _RULE)
             if name in _REFUSED:
-                refuse(node, name)
-            else:
+                refuse(inside, _REFUSED[name])
+            elif inside:
                 programs = jaxprs.programs_of(equation)
                 for inner, its in zip(programs, node.programs, strict=True):
                     check(inner, its)
 
-    def refuse(node: Node, name: str) -> None:
-        for found in (each for tree in node.programs for each in lookups_of(tree)):
+    def refuse(lookups: Sequence[Found], why: str) -> None:
+        for found in lookups:
             for leaf, _ in found.tables:
                 if leaf in leaves:
                     raise ValueError(
                         f"tables spreads {names[leaf]} over devices, but it is looked "
-                        f"up by {found.place} {_REFUSED[name]}"
+                        f"up by {found.place} {why}"
                     )
 
     check(program, tree)
 
 
+_RULE = (
+    "in a function with a derivative rule, which runs with whole tables: rows of all "
+    "devices would go to each of them. Give it rows that were looked up before, or say "
+    "True instead of the spec."
+)
 _REFUSED = {
     "while": (
         "in a loop whose length is not known before. Look the rows up before the loop, "
