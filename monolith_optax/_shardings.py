@@ -7,6 +7,7 @@ go to all devices first.
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -58,6 +59,14 @@ def rows_sharding(table: ArrayLike, ids: ArrayLike) -> NamedSharding | None:
     if set(jax.tree.leaves(tuple(batch))) & set(jax.tree.leaves(tuple(columns))):
         columns = ()
     return NamedSharding(sharding.mesh, PartitionSpec(*batch, *columns))
+
+
+def split_evenly(shape: Sequence[int], mesh: Any) -> PartitionSpec:
+    """A spec that splits the first axis that all devices can share; else none."""
+    for axis, size in enumerate(shape):
+        if size and size % mesh.size == 0:
+            return PartitionSpec(*[None] * axis, mesh.axis_names)
+    return PartitionSpec()
 
 
 def with_row_axis(sharding: Any, count: int = 1, split: Any = None) -> Any:

@@ -21,6 +21,7 @@ from monolith_optax._rows.gradients.row_images import (
 from monolith_optax._rows.programs import jaxprs
 from monolith_optax._rows.slices.row_access import fetched
 from monolith_optax._rows.types import Shape
+from monolith_optax._shardings import split_evenly
 
 
 class Added:
@@ -32,6 +33,7 @@ class Added:
         self._zeros = dict(zip(leaves, zeros, strict=True))
         self._ids: dict[int, jax.Array] = {}
         self._outside: jax.Array | None = None
+        self._there: set[int] = set()  # tables whose rows are there already
 
     def rows(self, table: Parameter, at: Positions) -> jax.Array:
         """The rows of a table and what is added to them."""
@@ -69,6 +71,7 @@ class Added:
         """Rows that are there already."""
         ids, rows = at.ids, self._zeros[table.leaf]
         _, self._ids[table.leaf] = self._signed(ids, at.outside)
+        self._there.add(table.leaf)
         sharding = jax.typeof(ids).sharding
         if not sharding.mesh.empty and jax.typeof(rows).sharding != sharding:
             where = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec))
@@ -77,7 +80,10 @@ class Added:
 
     def ids(self) -> Arrays:
         """For each table ids of the rows; `~id` or -1 for those without a gradient."""
-        return [_in_this_mesh(self._ids[leaf]) for leaf, _ in self._found.tables]
+        return [
+            _in_this_mesh(self._ids[leaf], leaf in self._there)
+            for leaf, _ in self._found.tables
+        ]
 
     def lookup(
         self, indices: jax.Array, image: Value, scope: Scope
@@ -126,10 +132,14 @@ def _placed_as(rows: jax.Array, zeros: jax.Array) -> jax.Array:
     return placed
 
 
-def _in_this_mesh(ids: jax.Array) -> jax.Array:
-    """Ids whose equation stands in another kind of mesh, on all devices."""
+def _in_this_mesh(ids: jax.Array, are_split: bool) -> jax.Array:
+    """Ids whose equation stands in another kind of mesh.
+
+    Devices exchange those of spread tables. Of others, every device needs all.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or jax.typeof(ids).sharding.mesh == mesh:
         return ids
-    placed: jax.Array = jax.sharding.reshard(ids, NamedSharding(mesh, PartitionSpec()))
+    spec = split_evenly(ids.shape, mesh) if are_split else PartitionSpec()
+    placed: jax.Array = jax.sharding.reshard(ids, NamedSharding(mesh, spec))
     return placed

@@ -8,6 +8,10 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from monolith_optax._rows.gradients.asked_tables import Asked, read
+from monolith_optax._rows.gradients.automatic_axes import (
+    SplitIdsError,
+    is_of_split_ids,
+)
 from monolith_optax._rows.programs import jaxprs
 from monolith_optax._rows.types import PyTree
 
@@ -53,6 +57,10 @@ def trace_loss(
     """Traces a function of its arguments with some numbers, for others as they are.
 
     To it, tables that are spread look like those that are not.
+
+    Raises:
+      SplitIdsError: JAX refuses a lookup by split ids, and some tables are spread.
+      ValueError: an argument means nothing.
     """
     which = [argnums] if isinstance(argnums, int) else list(argnums)
     if any(not -len(args) <= number < len(args) for number in which):
@@ -86,8 +94,9 @@ def trace_loss(
     try:
         program, _ = jaxprs.trace(flat, *types)
     except Exception as error:
-        if asked.spread and _is_of_split_ids(error):
-            raise ValueError(_SPLIT_IDS) from error
+        if asked.spread and is_of_split_ids(error):
+            mesh = next(iter(asked.spread.values())).mesh
+            raise SplitIdsError(mesh, list(map(jax.typeof, leaves))) from error
         raise
 
     def with_arrays(arrays: list[PyTree]) -> PyTree:
@@ -110,20 +119,6 @@ def _unsplit(leaf: PyTree) -> PyTree:
     whole = NamedSharding(kind.sharding.mesh, PartitionSpec(*[None] * kind.ndim))
     return kind.update(sharding=whole)
 
-
-def _is_of_split_ids(error: Exception) -> bool:
-    """Whether it is JAX's for a gather by split ids; its type has no public name.
-
-    JAX gives it for any table, whole ones too, so no type of the table prevents it.
-    """
-    return type(error).__name__ == "ShardingTypeError" and "gather" in str(error)
-
-
-_SPLIT_IDS = (
-    "On explicit axes JAX has to be told where rows of split ids go, also for a table "
-    "that is spread over devices: write table.at[ids].get(out_sharding="
-    "jax.typeof(ids).sharding) in place of table[ids] or jnp.take."
-)
 
 # Stands for an array of the auxiliary output.
 _ARRAY = object()

@@ -7,12 +7,18 @@ gradients of the zeros are those of the rows.
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
+from typing import Any, Concatenate, Generic, NamedTuple, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
 
 from monolith_optax._public import public
+from monolith_optax._rows.gradients.automatic_axes import (
+    SplitIdsError,
+    gradients,
+    on_any_axes,
+    results,
+)
 from monolith_optax._rows.gradients.choose_tables import Choice, choose
 from monolith_optax._rows.gradients.run_loss import LossRun
 from monolith_optax._rows.gradients.trace_loss import Loss, trace_loss
@@ -65,7 +71,8 @@ def value_and_row_grad(
         through all of its rows. A leaf for which it says None is treated so too. A
         `PartitionSpec` or a `NamedSharding` in place of True says that the rows are
         spread over mesh axes, such as `PartitionSpec("x")`: devices then exchange only
-        the ids and rows that they need, and steps happen where the rows are.
+        the ids and rows that they need, and steps happen where the rows are. On
+        explicit axes `table[ids]` needs no `out_sharding` then.
       argnums: which argument params are, or which ones: then params are a tuple of
         them, and so are the gradients. By default the first, as in `jax.grad`.
       has_aux: whether the function returns a pair, whose second part is passed on.
@@ -160,10 +167,15 @@ class ValueAndRowGrad(Generic[Params, Others, Result]):
           ValueError: `tables` or `max_dense_rows` do not fit what the function does.
           TypeError: the function does not return a scalar, or a pair.
         """
-        loss, choice = self._chosen((params, *args), kwargs)
-        (value, aux), gradients = _differentiate(loss, choice)
+        back, args_ = _back_from_automatic_axes, (params, *args)
+        loss, (value, *aux), found = on_any_axes(self._results, back, args_, kwargs)
         result: PyTree = (value, loss.with_arrays(aux)) if self._has_aux else value
-        return result, jax.tree.unflatten(loss.structure, gradients)
+        return result, jax.tree.unflatten(loss.structure, found)
+
+    def _results(self, args: PyTree, kwargs: PyTree) -> "_Results":
+        loss, choice = self._chosen(args, kwargs)
+        (value, aux), found = _differentiate(loss, choice)
+        return _Results(loss, [value, *aux], found)
 
     def explain(
         self, params: Params, *args: Others.args, **kwargs: Others.kwargs
@@ -196,7 +208,10 @@ class ValueAndRowGrad(Generic[Params, Others, Result]):
           items: rows, looked up by gather at ...
           scale: dense, as it is used by dot_general at ...
         """
-        loss = self._traced((params, *args), kwargs)
+        return on_any_axes(self._explained, _as_it_is, (params, *args), kwargs)
+
+    def _explained(self, args: PyTree, kwargs: PyTree) -> str:
+        loss = self._traced(args, kwargs)
         choice = choose(loss, None)
         places: dict[int, dict[str, None]] = {leaf: {} for leaf in choice.tables}
         ids = choice.num_ids
@@ -217,6 +232,23 @@ class ValueAndRowGrad(Generic[Params, Others, Result]):
             else f"{name}: dense, {choice.refused[leaf]}"
             for leaf, name in enumerate(loss.names)
         )
+
+
+class _Results(NamedTuple):
+    """The loss, the arrays that it returns, and the gradients of its leaves."""
+
+    loss: Loss
+    arrays: list[Any]
+    gradients: list[PyTree]
+
+
+def _back_from_automatic_axes(found: _Results, error: SplitIdsError) -> _Results:
+    arrays = results(found.arrays, error)
+    return _Results(found.loss, arrays, gradients(found.gradients, error))
+
+
+def _as_it_is(text: str, _: SplitIdsError) -> str:
+    return text
 
 
 def _differentiate(

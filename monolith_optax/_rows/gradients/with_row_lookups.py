@@ -1,10 +1,17 @@
 """with_row_lookups: functions whose lookups in spread tables are exchanges."""
 
 import functools
-from collections.abc import Callable
-from typing import Concatenate, ParamSpec, TypeVar, cast
+from collections.abc import Callable, Sequence
+from typing import Concatenate, ParamSpec, TypeAlias, TypeVar, cast
+
+import jax
 
 from monolith_optax._rows.gradients.asked_tables import read
+from monolith_optax._rows.gradients.automatic_axes import (
+    SplitIdsError,
+    on_any_axes,
+    results,
+)
 from monolith_optax._rows.gradients.choose_tables import choose
 from monolith_optax._rows.gradients.run_loss import LossRun
 from monolith_optax._rows.gradients.trace_loss import Loss, trace_loss
@@ -14,6 +21,7 @@ from monolith_optax._rows.types import PyTree
 Params = TypeVar("Params")
 Others = ParamSpec("Others")
 Result = TypeVar("Result")
+Results: TypeAlias = tuple[Loss, Sequence[jax.Array]]
 
 
 def with_row_lookups(
@@ -27,6 +35,10 @@ def with_row_lookups(
     of its share of the batch to the owners of their rows, and gets rows. Results are
     those of the function. What else it does with a table, such as scoring all of its
     rows, is left to JAX.
+
+    On explicit axes lookups need no `out_sharding`. If a lookup by split ids has none,
+    results come back split over all devices, by the first of their axes that all can
+    share; others are on every device.
 
     Args:
       fun: a function from params, as its first argument, and others to anything. As
@@ -65,14 +77,24 @@ def with_row_lookups(
     ) -> Result:
         if not read(tables, params).spread:
             return fun(params, *args, **kwargs)
-        loss = trace_loss(_as_aux(fun), 0, True, tables, (params, *args), kwargs)
-        loss = _without_gradients(loss)
-        run = LossRun(loss, choose(loss, None))
-        _, (results, _) = run(run.dense, run.rows)
-        found: Result = loss.with_arrays(list(map(no_derivatives, results)))
+        loss, arrays = on_any_axes(run, _back, (params, *args), kwargs)
+        found: Result = loss.with_arrays(list(map(no_derivatives, arrays)))
         return found
 
+    def run(args: PyTree, kwargs: PyTree) -> Results:
+        loss = trace_loss(_as_aux(fun), 0, True, tables, args, kwargs)
+        loss = _without_gradients(loss)
+        run = LossRun(loss, choose(loss, None))
+        _, (arrays, _) = run(run.dense, run.rows)
+        return loss, arrays
+
     return cast(Callable[Concatenate[Params, Others], Result], looked_up)
+
+
+def _back(found: Results, error: SplitIdsError) -> Results:
+    """Results on explicit axes, of a function that ran on automatic ones."""
+    loss, arrays = found
+    return loss, results(arrays, error)
 
 
 def _as_aux(fun: Callable[..., PyTree]) -> Callable[..., PyTree]:

@@ -134,6 +134,62 @@ def test_meshes(mesh, kind):
     check(loss, kind, mesh)
 
 
+LOOKUPS = {
+    "[]": lambda table, ids: table[ids],
+    "take": lambda table, ids: jnp.take(table, ids, axis=0),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    sampled(itertools.product(LOOKUPS, batches()), ("[]", "one_owner")),
+)
+def test_explicit_axes_need_no_other_model(name, kind):
+    """JAX refuses lookups by split ids that do not say out_sharding, as here."""
+
+    def loss(params, bags, flag=True):
+        assert flag is True
+        items = LOOKUPS[name](params["items"], bags).sum(1)
+        users = LOOKUPS[name](params["users"], bags[:, 0])
+        return jnp.mean(jnp.tanh((items * users) @ params["weight"]) ** 2)
+
+    if (name, kind) == ("take", "out_of_range"):
+        pytest.skip("gives NaN, with which there is nothing to compare")
+    gradients = check(loss, kind, "explicit")
+    for table in "items", "users":
+        assert jax.typeof(gradients[table].rows).sharding.spec[0] in ("x", ("x",))
+
+
+@pytest.mark.slow
+def test_explicit_axes_with_a_split_weight_and_results():
+    params = parameters() | {"weight": np.ones((8, DIM))}
+    bags = batches()["even"][0].astype("int32")
+    mesh, tables, placed, ids = on_mesh("explicit", params, bags)
+    split = NamedSharding(mesh, P("x"))
+    placed["weight"] = jax.device_put(params["weight"], split)
+
+    def loss(params, bags):
+        found = params["items"][bags] @ params["weight"].T
+        return jnp.mean(jnp.tanh(found)), found.mean((1, 2))
+
+    grad = value_and_row_grad(loss, tables, has_aux=True)
+    expected = jax.value_and_grad(loss, has_aux=True)(params, bags)
+    with jax.set_mesh(mesh):
+        actual = jax.jit(grad)(placed, ids)
+        assert "items: rows, looked up by gather" in grad.explain(placed, ids)
+        for array in actual[0][1], actual[1]["weight"]:
+            assert array.sharding.is_equivalent_to(split, array.ndim)
+        dense = actual[0], densified(actual[1], params)
+        chex.assert_trees_all_close(jax.device_get(dense), expected, rtol=1e-10)
+
+
+def test_a_mistake_after_a_lookup_is_the_error():
+    mesh, tables, params, ids = on_mesh("explicit", parameters(), batches()["even"][0])
+    grad = value_and_row_grad(lambda p, ids: p["items"][ids] @ jnp.ones(7), tables)
+    with jax.set_mesh(mesh), pytest.raises(TypeError, match=r"\(3,\) and \(7,\)"):
+        grad(params, ids)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", ["two", "auto", "replicas", "explicit"])
 def test_metrics_count_distinct_rows_by_their_owners(mesh):
@@ -330,9 +386,27 @@ def in_shard_map(params, bags):
     return run(params["items"], bags)
 
 
+@jax.custom_vjp
+def ruled(table, ids):
+    return table[ids].sum()
+
+
+def ruled_backward(kept, gradient):
+    table, ids = kept
+    return jnp.zeros_like(table).at[ids].add(gradient), None
+
+
+ruled.defvjp(lambda *args: (ruled(*args), args), ruled_backward)
+
+
+def in_rule(params, bags):
+    return ruled(params["items"], bags)
+
+
 @pytest.mark.parametrize(
     ("loss", "match"),
     [
+        (in_rule, "items over devices, .* derivative rule, which runs with whole tab"),
         (in_while, "items over devices, but it is looked up by .* not known before"),
         (chained, "the ids of .* depend on rows that the same loop has looked up"),
         (in_shard_map, "items over devices, .* inside a jax.shard_map"),
@@ -458,14 +532,11 @@ def test_stacks(kind):
     assert len(found["all-to-all"]) == 4
 
 
-def compiled_step(devices):
+def compiled_step(devices, kind=AxisType.Auto):
     """A donated step with clipping; each device has 5,000 rows and 64 bags."""
     tx = lazy_rows(optax.chain(optax.clip_by_global_norm(1.0), embedding.adagrad(0.1)))
     mesh = jax.make_mesh(
-        (devices,),
-        ("x",),
-        axis_types=(AxisType.Auto,),
-        devices=jax.devices()[:devices],
+        (devices,), ("x",), axis_types=(kind,), devices=jax.devices()[:devices]
     )
 
     def typed(shape, dtype, spec):
@@ -491,7 +562,9 @@ def compiled_step(devices):
 
 def test_a_step_needs_the_share_of_a_device():
     two, eight = map(compiled_step, (2, 8))
-    for compiled in (two, eight):
+    explicit = compiled_step(8, AxisType.Explicit)
+    assert sent(explicit)["all-to-all"] == sent(eight)["all-to-all"]
+    for compiled in (two, eight, explicit):
         assert copies(compiled, (5000, 32)) == []
         # Nothing but loss and norm is summed over devices, and nothing is gathered.
         assert sent(compiled).keys() == {

@@ -147,9 +147,14 @@ def test_explicit_axes():
         rows = jax.jit(with_row_lookups(take, TABLES))(params, ids)
         assert jax.typeof(rows).sharding.spec[0] == "x"
         np.testing.assert_array_equal(rows, take(*data()))
-        plain = with_row_lookups(lambda params, ids: params["items"][ids], TABLES)
-        with pytest.raises(ValueError, match=r"table.at\[ids\].get\(out_sharding="):
-            jax.jit(plain)(params, ids)
+        plain = lambda params, ids: params["items"][ids]  # noqa: E731
+        by_user = jax.sharding.auto_axes(plain, out_sharding=P("x"))
+        for fun in plain, by_user:
+            run = jax.jit(with_row_lookups(fun, TABLES)).lower(params, ids).compile()
+            rows = run(params, ids)
+            assert rows.sharding.is_equivalent_to(ids.sharding, rows.ndim)
+            np.testing.assert_array_equal(rows, take(*data()))
+            assert "all-gather" not in sent(run)
 
 
 def in_while(params, ids):
