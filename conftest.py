@@ -100,6 +100,15 @@ def pytest_report_header(config):
     return seed and f"--hypothesis-profile=explore --hypothesis-seed={seed}"
 
 
+# Their models compile for longer than most tests.
+SLOW_DOCUMENTS = {"models.md", "keras.md"}
+
+
+def pytest_itemcollected(item):
+    if item.path.name in SLOW_DOCUMENTS:
+        item.add_marker("slow")
+
+
 # They belong to the site, which has requirements of its own.
 collect_ignore_glob = ["docs/*.py"]
 

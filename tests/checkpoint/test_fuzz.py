@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import hash_table_files as plain
 import numpy as np
 import pytest
+from choosing import sampled
 from hash_table_files import entry, floats, framed, message, varint
 
 from monolith_optax.checkpoint._protobuf import MalformedError, message_fields
@@ -22,9 +23,7 @@ from monolith_optax.checkpoint._read_hash_table import Reader
 from monolith_optax.checkpoint._table_files import saved_counts
 from monolith_optax.checkpoint._tfrecord import Records, read_records
 
-MANY = pytest.param(
-    int(os.environ.get("TABLE_FUZZ_INPUTS", "10000")), marks=pytest.mark.slow
-)
+MANY = int(os.environ.get("TABLE_FUZZ_INPUTS", "10000"))
 MOST_MEMORY = 20_000_000  # bytes; a file may claim any length
 ADAGRAD = [("adagrad", 2)]
 TWO = message(1, message(3, floats(1, [1.0]) + floats(2, [2.0]))) + message(
@@ -205,7 +204,7 @@ def mutated_blocks(rng):
     return len(block).to_bytes(4, "big") + block + data[4 + length :]
 
 
-@pytest.mark.parametrize("count", [80, MANY])
+@pytest.mark.parametrize("count", sampled([80, MANY], 80))
 @pytest.mark.parametrize("name", ENTRIES)
 def test_mutated_entries(name, count):
     segments, seeds = ENTRIES[name]
@@ -216,7 +215,7 @@ def test_mutated_entries(name, count):
     assert 0 < accepted < count
 
 
-@pytest.mark.parametrize("count", [500, MANY])
+@pytest.mark.parametrize("count", sampled([500, MANY], 500))
 def test_mutated_files(count):
     rng, accepted = random.Random(0), 0
     for _ in range(count):
@@ -228,7 +227,7 @@ def test_mutated_files(count):
     assert 0 < accepted < count
 
 
-@pytest.mark.parametrize("count", [500, MANY])
+@pytest.mark.parametrize("count", sampled([500, MANY], 500))
 def test_mutated_snappy_blocks(count):
     rng, accepted = random.Random(0), 0
     for _ in range(count):
@@ -236,7 +235,7 @@ def test_mutated_snappy_blocks(count):
     assert 0 < accepted < count
 
 
-@pytest.mark.parametrize("count", [500, MANY])
+@pytest.mark.parametrize("count", sampled([500, MANY], 500))
 def test_mutated_messages(count):
     rng, accepted = random.Random(0), 0
     for _ in range(count):
@@ -260,7 +259,7 @@ def test_numbers_that_no_field_has(data):
         message_fields(data)
 
 
-@pytest.mark.parametrize("count", [60, MANY])
+@pytest.mark.parametrize("count", sampled([60, MANY], 60))
 def test_mutated_counts(count, tmp_path):
     folder, path = tmp_path / "model-7.assets", tmp_path / "ckpt.info-7"
     rng, accepted = random.Random(0), 0

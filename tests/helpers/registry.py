@@ -65,7 +65,6 @@ ROWS = {
         rmsprop,
         fractions=("beta1", "beta2"),
         nonnegative=("epsilon", "weight_decay"),
-        samples=("v2_decay",),
         variants={
             "": {"beta1": 0.9, "learning_rate": 1e-3},
             "v2_decay": {"use_v2": True, "beta1": 0.9, "weight_decay": 1e-4},

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from all_rows import cached_by_id, make_cache, stream, train_all_rows, train_on
+from choosing import sampled
 
 from monolith_optax import RowCache, embedding, lazy_rows, uniform_rows
 from monolith_optax._ids import row_store
@@ -17,10 +18,8 @@ ADAGRAD = lazy_rows(embedding.rowwise_adagrad(0.1))
 SIZES = 14, 40
 
 
-@pytest.mark.parametrize(
-    "sizes_after", [SIZES, pytest.param((60, 90), marks=pytest.mark.slow)]
-)
-def test_continues_to_the_same_bits(sizes_after, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("users", "items"), sampled([SIZES, (60, 90)], SIZES))
+def test_continues_to_the_same_bits(users, items, tmp_path, monkeypatch):
     monkeypatch.setattr(row_store, "_FIRST", 8)
     batches = list(stream(3, 60))
     ways = {"admit_after": 2, "expire_after": 20}
@@ -34,7 +33,7 @@ def test_continues_to_the_same_bits(sizes_after, tmp_path, monkeypatch):
     assert len(list(tmp_path.iterdir())) == 1
     train_on(cache, params, state, ADAGRAD, batches[30:40])  # after the snapshot
     cache, params, state = make_cache(
-        ADAGRAD, sizes_after, admit_after=2, folder=tmp_path
+        ADAGRAD, (users, items), admit_after=2, folder=tmp_path
     )
     params, state = cache.restore(tmp_path, params, state)
     assert cache.counts.batches == 30

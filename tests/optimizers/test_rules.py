@@ -107,7 +107,7 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("way", sampled(WAYS, "scan", "one program"))
+@pytest.mark.parametrize("way", sampled(WAYS, "scan"))
 @pytest.mark.parametrize(
     "options",
     [{}, {"use_v2": True}, {"weight_decay": 0.1}, {"slot_dtype": jnp.bfloat16}],

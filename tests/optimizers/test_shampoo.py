@@ -145,12 +145,16 @@ def transcription(grads, w, *, warmup, tau_1, tau_2, head, tail, damping, beta_2
     return w
 
 
+SHAPES = {1: (7,), 2: (5, 4), 3: (3, 4, 2), 4: (2, 3, 2, 2)}
+
+
 @pytest.mark.parametrize(
     ("head", "beta_2"),
     sampled([(1, 0.9), (1, 1.0), (9, 1.0), (9, 0.9)], (1, 0.9)),
 )
-@pytest.mark.parametrize("shape", [(7,), (5, 4), (3, 4, 2), (2, 3, 2, 2)])
-def test_rule_is_the_float64_transcription(shape, head, beta_2):
+@pytest.mark.parametrize("rank", sampled(SHAPES, 3))
+def test_rule_is_the_float64_transcription(rank, head, beta_2):
+    shape = SHAPES[rank]
     rng = np.random.default_rng(0)
     grads, w = rng.normal(size=(12, *shape)), rng.normal(size=shape)
     shared = FAST | {"beta_2": beta_2}

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from choosing import sampled
 from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -403,7 +404,7 @@ def on_mesh(rng, loss, params, what):
         return compare(total, params, ids, what, jax.jit)
 
 
-@pytest.mark.parametrize("with_mesh", [False, True])
+@pytest.mark.parametrize("with_mesh", sampled([False, True], False))
 def test_random_losses(with_mesh):
     count, with_rows = CASES or (4 if with_mesh else 12), 0
     for number in range(count):

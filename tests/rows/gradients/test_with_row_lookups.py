@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from choosing import sampled
 from compiled_programs import copies, sent
 from jax import lax
 from jax.sharding import AxisType, NamedSharding
@@ -65,9 +66,7 @@ def results(params, ids):
 
 
 # If all ids have one owner, they do not fit their buffers and go round the ring.
-@pytest.mark.parametrize(
-    "most", [pytest.param(NUM_ROWS, marks=pytest.mark.slow), NUM_ROWS // 8]
-)
+@pytest.mark.parametrize("most", sampled([NUM_ROWS, NUM_ROWS // 8], NUM_ROWS // 8))
 def test_results_are_those_of_the_function(most):
     params, ids = data(most)
     names = []

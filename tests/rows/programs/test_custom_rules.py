@@ -64,7 +64,7 @@ DIFFERENTIABLE = {
 }
 
 
-@pytest.mark.parametrize("name", sampled(DIFFERENTIABLE, "adam", "rules"))
+@pytest.mark.parametrize("name", sampled(DIFFERENTIABLE, "rules"))
 def test_derivatives_through_a_step(name):
     """As in hypergradients, with respect to rate, rows and parameters."""
     params, [gradients] = parameters(), [next(batches(ids=[[3, 5, 3, 9]]))]
