@@ -126,7 +126,7 @@ class Positions:
         if self.outside is not None:  # one for each window of several rows
             windows = (1,) * (inside.ndim - self.outside.ndim)
             outside |= self.outside.reshape(self.outside.shape + windows)
-        ids = jnp.clip(ids, 0, max(num_rows - 1, 0))
+        ids = jnp.clip(ids, 0, num_rows - 1)
         part = Positions(ids, outside, self.row_axes, self._of_table)
         return part, inside.reshape(-1)
 

@@ -59,10 +59,10 @@ class Concatenated:
         result, first_row = None, 0
         for atom, value in zip(image.equation.invars, image.operands, strict=True):
             num_rows = type_of(atom).shape[0]
-            part, inside = at.part(first_row, num_rows)
-            first_row += num_rows
             if num_rows == 0:
                 continue
+            part, inside = at.part(first_row, num_rows)
+            first_row += num_rows
             here = yield from made_of(value, part)
             inside = inside.reshape(-1, *[1] * (here.ndim - 1))
             if result is not None:
