@@ -33,6 +33,7 @@ def test_examples(name, tmp_path, monkeypatch):
     assert "step" in checked
 
 
+@pytest.mark.slow
 def test_the_example_of_many_devices():
     example = multihost_worker.example
     mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))

@@ -560,6 +560,7 @@ def compiled_step(devices, kind=AxisType.Auto):
     return jax.jit(step, donate_argnums=0).lower((params, state), bags).compile()
 
 
+@pytest.mark.slow
 def test_a_step_needs_the_share_of_a_device():
     two, eight = map(compiled_step, (2, 8))
     explicit = compiled_step(8, AxisType.Explicit)

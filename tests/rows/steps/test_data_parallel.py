@@ -76,7 +76,7 @@ def assert_no_table_is_sent(compiled, memory=TABLE):
     assert compiled.memory_analysis().temp_size_in_bytes < memory
 
 
-@pytest.mark.parametrize("name", sampled(MESHES, "replicated", "split_over_one_of_two"))
+@pytest.mark.parametrize("name", sampled(MESHES, "split_over_one_of_two"))
 def test_no_table_is_sent(name):
     args = placed(name, *start())
     compiled = jax.jit(step, donate_argnums=0).lower(*args).compile()
@@ -85,7 +85,7 @@ def test_no_table_is_sent(name):
     assert copies(compiled, shape) == []
 
 
-@pytest.mark.parametrize("name", sampled(MESHES, "split", "batch_over_both"))
+@pytest.mark.parametrize("name", sampled(MESHES, "batch_over_both"))
 def test_numbers_are_those_of_one_device(name):
     with jax.enable_x64(True):
         data = start("float64")

@@ -185,7 +185,7 @@ def test_c_counts_the_steps_of_each_row(params):
 @pytest.mark.parametrize("ids", [np.zeros((0,), int), np.array(PADDING), [[5]]])
 @pytest.mark.parametrize(
     "name",
-    sampled(["adamom", "rmsprop_v2", "adam", "clipped"], "adamom", "clipped"),
+    sampled(["adamom", "rmsprop_v2", "adam", "clipped"], "clipped"),
 )
 def test_few_ids_or_none(name, params, ids):
     inner = ELEMENTWISE[name]()

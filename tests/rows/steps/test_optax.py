@@ -79,7 +79,7 @@ AROUND = {
 }
 
 
-COMMON = ["adam", "adagrad", "rmsprop_centered", "novograd"]
+COMMON = ["adam", "rmsprop_centered", "novograd"]
 OURS = [name for name in ACCEPTED if name.startswith("ours")]
 
 

@@ -140,8 +140,7 @@ OPTIMIZERS |= {
 }
 
 
-FAST = ("adamom", "clipped", "constant mask", "rates of columns", "rates of rows")
-FAST += ("apply_if_finite", "relu", "matmul", "column norms")
+FAST = "adamom", "clipped", "constant mask", "rates of rows", "matmul", "column norms"
 
 
 @pytest.mark.parametrize("name", sampled(OPTIMIZERS, *FAST))
