@@ -205,6 +205,10 @@ AFTER = {
     "product with zero": (lax.mul, "dd", [UNKNOWN, ZERO], EITHER_ZERO),
     "product with either": (lax.mul, "dd", [EITHER_ZERO, UNKNOWN], EITHER_ZERO),
     "product with one": (lax.mul, "dd", [UNKNOWN, ONE], UNKNOWN),
+    "products with zero": (
+        lambda x, y: lax.dot_general(x, y, (((), ()), ((0,), (0,)))),
+        "dd", [UNKNOWN, ZERO], EITHER_ZERO,
+    ),
     "sum with zero": (lax.add, "dd", [UNKNOWN, ZERO], UNKNOWN),
     "zero above": (lax.div, "dd", [ZERO, UNKNOWN], EITHER_ZERO),
     "zero below": (lax.div, "dd", [UNKNOWN, ZERO], UNKNOWN),
