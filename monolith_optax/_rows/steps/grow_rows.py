@@ -15,7 +15,7 @@ from monolith_optax._rows.slices.row_access import Table
 from monolith_optax._rows.slices.table_stack import TableStack
 from monolith_optax._rows.steps.named_rows import broadcast, is_none, start_rows
 from monolith_optax._rows.steps.state_leaves import Owner, owners
-from monolith_optax._rows.types import PyTree
+from monolith_optax._rows.types import KeyPath, PyTree
 
 Params = TypeVar("Params")
 State = TypeVar("State")
@@ -170,9 +170,9 @@ def _carried_over(
 ) -> PyTree:
     """The state of the new params, with all that the old state knows."""
     new_state = tx.init(new_params)
-    before = {keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(state)}
+    before = dict(jax.tree.leaves_with_path(state))
 
-    def carried(path: str, start: jax.Array, owner: Owner) -> PyTree:
+    def carried(path: KeyPath, start: jax.Array, owner: Owner) -> PyTree:
         if path not in before:
             return start
         old = before[path]
@@ -180,16 +180,16 @@ def _carried_over(
             return _moved(start, old, *moves[owner])
         if np.shape(old) != np.shape(start):
             raise ValueError(
-                f"It is not known which rows state{path} of shape {np.shape(old)} has, "
-                f"whose shape would become {np.shape(start)}. Slots must have the rows "
-                "of their table on their first axis."
+                f"It is not known which rows state{keystr(path)} of shape "
+                f"{np.shape(old)} has, whose shape would become {np.shape(start)}. "
+                "Slots must have the rows of their table on their first axis."
             )
         return old
 
     leaves = jax.tree.leaves_with_path(new_state)
     found = owners(tx, new_params, new_state)
     after = [
-        carried(keystr(path), start, owner)
+        carried(path, start, owner)
         for (path, start), owner in zip(leaves, found, strict=True)
     ]
     return jax.tree.unflatten(jax.tree.structure(new_state), after)

@@ -22,7 +22,12 @@ from monolith_optax._rows.programs.run_on_rows import Runner
 from monolith_optax._rows.slices.row_access import touched
 from monolith_optax._rows.slices.row_slices import RowSlices, is_slices, row_axes
 from monolith_optax._rows.steps.find_slots import slots_of_program, unchanged_slots
-from monolith_optax._rows.steps.state_leaves import Leaf, check_kind, owners
+from monolith_optax._rows.steps.state_leaves import (
+    Leaf,
+    check_kind,
+    check_structure,
+    owners,
+)
 from monolith_optax._rows.types import PyTree
 
 Arrays: TypeAlias = list[jax.Array]
@@ -170,10 +175,10 @@ def _step(
     try:
         program, shapes = traced(of_slots)
     except Exception as error:
-        _check_state(inner, state, params, error)
+        check_structure(inner, params, state, error)
         raise
     if jax.tree.structure(shapes[1]) != slots_structure:
-        _check_state(inner, state, params)
+        check_structure(inner, params, state)
     _check_results(shapes, (updates, state), [*weights, *slots])
     found = slots_of_program(program, weights, slots)
     if found != slots:
@@ -258,24 +263,6 @@ def _update(value: Value, weight: Leaf) -> jax.Array | RowSlices:
     # -1 is padding also where nobody knows how many rows there are, as in norms.
     ids = jnp.where(table.valid, table.ids, -1)
     return RowSlices.placed(ids, weight.rows(value), table.placement)
-
-
-def _check_state(
-    inner: optax.GradientTransformation,
-    state: optax.OptState,
-    params: optax.Params,
-    cause: Exception | None = None,
-) -> None:
-    """Says so if a step fails on the state of another optimizer."""
-    given: PyTreeDef = jax.tree.structure(state)
-    expected: PyTreeDef = jax.tree.structure(jax.eval_shape(inner.init, params))
-    if given != expected:
-        raise ValueError(
-            "The state must be that of the optimizer for these params, but it is "
-            f"{given} instead of {expected}. If it was restored as lists or dicts, put "
-            "its leaves into a new state: jax.tree.unflatten(jax.tree.structure("
-            "tx.init(params)), jax.tree.leaves(restored))."
-        ) from cause
 
 
 def _check_results(shapes: PyTree, given: PyTree, leaves: list[Leaf]) -> None:

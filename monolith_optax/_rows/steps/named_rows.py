@@ -76,9 +76,9 @@ def broadcast(what: str, prefix: PyTree, params: PyTree) -> list[PyTree]:
         tree = jax.tree.broadcast(prefix, params, is_leaf=is_none)
     except ValueError as error:
         raise ValueError(
-            f"{what} must be a tree that is a prefix of the tree of params, with None "
-            f"for leaves to leave as they are, but it is {jax.tree.structure(prefix)}, "
-            f"and that of params is {jax.tree.structure(params)}."
+            f"{what} must be a tree that is a prefix of the tree of params, in which "
+            f"None is a leaf, but it is {jax.tree.structure(prefix)}, and that of "
+            f"params is {jax.tree.structure(params)}."
         ) from error
     return jax.tree.leaves(tree, is_leaf=is_none)
 

@@ -1,7 +1,7 @@
 """plan_tables: what tables cost on a mesh, before anything runs."""
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from monolith_optax._public import public
 from monolith_optax._rows.slices.exchange import axes_of_rows
 from monolith_optax._rows.slices.exchange_cost import exchange_of, in_bytes
 from monolith_optax._rows.slices.spread import check_rows
-from monolith_optax._rows.steps.slot_shardings import slot_shardings
+from monolith_optax._rows.steps.slot_shardings import shardings_of
 from monolith_optax._rows.steps.state_leaves import owners
 from monolith_optax._rows.types import PyTree
 
@@ -123,10 +123,10 @@ def plan_tables(
     """
     mesh, axes = spread.mesh, _axes(spread)
     number = math.prod(mesh.shape[axis] for axis in axes)
-    structure: Any
+    structure: PyTree  # whose class has no public type
     paths, structure = jax.tree.flatten_with_path(params)
     names = [keystr(path, simple=True, separator=".") or "params" for path, _ in paths]
-    counts: list[PyTree] = structure.flatten_up_to(ids)
+    counts = structure.flatten_up_to(ids)
     slots = _Slots(tx, params)
     is_spread, costs = [], []
     for index, ((_, leaf), count) in enumerate(zip(paths, counts, strict=True)):
@@ -163,9 +163,9 @@ class _Slots:
     """The slots of an optimizer, and whose they are."""
 
     def __init__(self, tx: optax.GradientTransformation, params: PyTree) -> None:
-        self._tx, self._params = tx, params
-        state = jax.eval_shape(tx.init, params)
-        self._leaves, self._owners = jax.tree.leaves(state), owners(tx, params, state)
+        self._params, self._state = params, jax.eval_shape(tx.init, params)
+        self._leaves = jax.tree.leaves(self._state)
+        self._owners = owners(tx, params, self._state)
 
     def nbytes(self, index: int) -> int:
         """The bytes of all slots of a leaf of params."""
@@ -176,7 +176,9 @@ class _Slots:
         """The bytes of a device's part of each leaf of params and of its slots."""
         leaves = jax.tree.leaves(self._params)
         found = [*map(_part, leaves, jax.tree.leaves(where))]
-        places = jax.tree.leaves(slot_shardings(self._tx, self._params, where))
+        places = jax.tree.leaves(
+            shardings_of(self._state, self._owners, self._params, where)
+        )
         for slot, place, owner in zip(self._leaves, places, self._owners, strict=True):
             if isinstance(owner, int):
                 found[owner] += _part(slot, place)

@@ -6,6 +6,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.tree_util import keystr
 
+from monolith_optax._rows.steps.named_rows import broadcast, is_none
 from monolith_optax._rows.steps.state_leaves import UNTOLD, Owner, owners
 from monolith_optax._rows.types import ArrayType, KeyPath, PyTree
 
@@ -47,8 +48,22 @@ def slot_shardings(
       >>> print(tuple(state_where.sum_square["items"].spec))
       ('x',)
     """
+    state = jax.eval_shape(tx.init, params)
+    found = owners(tx, params, state)
+    return shardings_of(state, found, params, where)
+
+
+def shardings_of(
+    state: PyTree, owners: list[Owner], params: PyTree, where: PyTree
+) -> PyTree:
+    """The shardings of a state, given the owners of its leaves."""
     leaves = jax.tree.leaves(params)
-    shardings = jax.tree.leaves(_broadcast(where, params))
+    each = zip(
+        jax.tree.leaves(params, is_leaf=is_none),
+        broadcast("where", where, params),
+        strict=True,
+    )
+    shardings = [sharding for leaf, sharding in each if leaf is not None]
     meshes: set[PyTree] = {getattr(sharding, "mesh", None) for sharding in shardings}
     if len(meshes) != 1 or None in meshes:
         raise ValueError(
@@ -56,11 +71,10 @@ def slot_shardings(
             f"the meshes are {meshes}."
         )
     [mesh] = meshes
-    state = jax.eval_shape(tx.init, params)
     paths, structure = jax.tree.flatten_with_path(state)
 
     def sharding(path: KeyPath, slot: ArrayType, owner: Owner) -> PyTree:
-        if owner is UNTOLD and slot.ndim:
+        if owner is UNTOLD:
             raise ValueError(
                 f"It is not known which parameter state{keystr(path)} of shape "
                 f"{slot.shape} belongs to. Give its sharding by hand."
@@ -77,22 +91,10 @@ def slot_shardings(
             return shardings[owner]
         return NamedSharding(mesh, PartitionSpec(*split))
 
-    found = owners(tx, params, state)
     return jax.tree.unflatten(
         structure,
         [
             sharding(path, slot, owner)
-            for (path, slot), owner in zip(paths, found, strict=True)
+            for (path, slot), owner in zip(paths, owners, strict=True)
         ],
     )
-
-
-def _broadcast(where: PyTree, params: PyTree) -> PyTree:
-    try:
-        return jax.tree.broadcast(where, params)
-    except ValueError as error:
-        raise ValueError(
-            "where must be a tree of shardings that is a prefix of the tree of params, "
-            f"but it is {jax.tree.structure(where)}, and that of params is "
-            f"{jax.tree.structure(params)}."
-        ) from error

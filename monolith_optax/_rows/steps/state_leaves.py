@@ -76,33 +76,70 @@ def owners(
       entry or more for each row of, on the same first axes; None if it has the same
       size however many rows there are; or UNTOLD. That is so of leaves that have rows
       in another way, and if `init` does not take such parameters, or gives another
-      state for them, of all leaves but those for which `optax.tree.map_params` tells.
+      state for them, of all arrays but those for which `optax.tree.map_params` tells.
     """
-    leaves, structure = jax.tree.flatten(params)
     if row_axes is None:
+        leaves = jax.tree.leaves(params)
         row_axes = {i: 1 for i, leaf in enumerate(leaves) if np.ndim(leaf)}
+    found = owners_by_init(tx, params, state, row_axes)
+    return owners_by_optax(tx, params, state, row_axes) if found is None else found
+
+
+def owners_by_init(
+    tx: optax.GradientTransformation,
+    params: optax.Params,
+    state: optax.OptState,
+    row_axes: Mapping[int, int],
+) -> list[Owner] | None:
+    """What `init` shows of the owners; None if it gives another state than this one."""
+    leaves, structure = jax.tree.flatten(params)
     types: list[PyTree] = [
         jax.ShapeDtypeStruct(np.shape(leaf), dtype_of(leaf)) for leaf in leaves
     ]
-    grown = _with_more_rows(types, row_axes)
+    slots = jax.tree.leaves(state)
+    lengths = {size for each in (*leaves, *slots) for size in np.shape(each)}
+    grown = _with_more_rows(types, row_axes, lengths)
     try:
         after = jax.eval_shape(tx.init, jax.tree.unflatten(structure, grown))
     except Exception:  # the init of others may raise any
-        after = None
+        return None
     given: PyTreeDef = jax.tree.structure(state)
     if jax.tree.structure(after) != given:
-        return _as_optax_says(tx, params, state, row_axes)
+        return None
     return [
         _owner(np.shape(old), new.shape, grown, row_axes)
-        for old, new in zip(jax.tree.leaves(state), jax.tree.leaves(after), strict=True)
+        for old, new in zip(slots, jax.tree.leaves(after), strict=True)
     ]
 
 
+def check_structure(
+    tx: optax.GradientTransformation,
+    params: optax.Params,
+    state: optax.OptState,
+    cause: Exception | None = None,
+) -> PyTree:
+    """The types of the state that the optimizer has for these params.
+
+    Raises:
+      ValueError: the state has another structure.
+    """
+    types = jax.eval_shape(tx.init, params)
+    given: PyTreeDef = jax.tree.structure(state)
+    expected: PyTreeDef = jax.tree.structure(types)
+    if given != expected:
+        raise ValueError(
+            "The state must be that of the optimizer for these params, but it is "
+            f"{given} instead of {expected}. If it was restored as lists or dicts, put "
+            "its leaves into a new state: jax.tree.unflatten(jax.tree.structure("
+            "tx.init(params)), jax.tree.leaves(restored))."
+        ) from cause
+    return types
+
+
 def _with_more_rows(
-    types: list[ArrayType], row_axes: Mapping[int, int]
+    types: list[ArrayType], row_axes: Mapping[int, int], lengths: set[int]
 ) -> list[ArrayType]:
-    """The types of parameters whose row axes all have different lengths."""
-    lengths = {size for each in types for size in each.shape}
+    """The types of parameters whose row axes have lengths that nothing has yet."""
 
     def another(size: int) -> int:
         size = next(n for n in itertools.count(size + 1) if n not in lengths)
@@ -130,12 +167,14 @@ def _owner(
     return UNTOLD
 
 
-def _as_optax_says(
+def owners_by_optax(
     tx: optax.GradientTransformation,
     params: optax.Params,
     state: optax.OptState,
     row_axes: Mapping[int, int],
 ) -> list[Owner]:
+    """What `optax.tree.map_params` says of the owners."""
+    slots = jax.tree.leaves(state)
     indices = jax.tree.unflatten(
         jax.tree.structure(params), range(len(jax.tree.leaves(params)))
     )
@@ -157,9 +196,13 @@ def _as_optax_says(
             transform_non_params=lambda node: jax.tree.map(lambda _: UNTOLD, node),
             is_leaf=lambda node: isinstance(node, optax.MaskedNode),
         )
+        found = jax.tree.leaves(tree)
     except Exception:  # an init that does not take optax's placeholders may raise any
-        return [UNTOLD] * len(jax.tree.leaves(state))
-    return jax.tree.leaves(tree)
+        found = [UNTOLD] * len(slots)
+    return [
+        owner if np.ndim(slot) else None
+        for slot, owner in zip(slots, found, strict=True)
+    ]
 
 
 class Leaf(NamedTuple):

@@ -6,8 +6,16 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
-from monolith_optax import embedding
+from monolith_optax import (
+    embedding,
+    grow_rows,
+    plan_tables,
+    read_rows,
+    reset_rows,
+    slot_shardings,
+)
 from monolith_optax._rows.steps.state_leaves import UNTOLD, owners
 
 # All lengths are the same.
@@ -82,7 +90,7 @@ def test_masks_of_one_exact_size(exact):
     mu = tree.inner_state[0].mu
     assert mu["a"] == 0
     assert leaves(mu) == ([0] if exact else [0, 1, 2, None])
-    assert tree.inner_state[0].count is (UNTOLD if exact else None)
+    assert tree.inner_state[0].count is None
 
 
 def test_an_init_that_cannot_be_traced():
@@ -90,7 +98,7 @@ def test_an_init_that_cannot_be_traced():
         return [float(params["a"][0, 0]), params["a"]]
 
     tx = optax.GradientTransformation(init, lambda *_: None)
-    assert owners(tx, PARAMS, tx.init(PARAMS)) == [UNTOLD, UNTOLD]
+    assert owners(tx, PARAMS, tx.init(PARAMS)) == [None, UNTOLD]
 
 
 def test_wrappers():
@@ -101,3 +109,42 @@ def test_wrappers():
     tree = found(optax.chain(optax.clip_by_global_norm(1.0), tx))
     assert leaves(tree[1].inner_states["x"].inner_state.norm) == [0]
     assert leaves(tree[1].inner_states["y"].inner_state[0].nu) == [1, 2, None]
+
+
+@pytest.mark.parametrize(
+    ("use", "most"),
+    [
+        (lambda tx, p, s: read_rows(tx, p, s, ROWS), 1),
+        (lambda tx, p, s: reset_rows(tx, p, s, ROWS, 0.0), 2),  # the other one runs
+        (lambda tx, p, s: grow_rows(tx, p, s, {"a": 5, "b": None}), 2),  # the same
+        (lambda tx, p, _: slot_shardings(tx, p, WHERE), 2),  # types, and who owns them
+        (lambda tx, p, _: plan_tables(tx, p, {"a": 4, "b": 0}, WHERE), 2),
+    ],
+    ids=["read", "reset", "grow", "shardings", "plan"],
+)
+def test_how_often_init_is_called(use, most):
+    calls = []
+    adam = optax.adam(0.1)
+
+    def init(params):
+        calls.append(params)
+        return adam.init(params)
+
+    params = {"a": jnp.ones((4, 4)), "b": jnp.ones((4, 4))}
+    use(optax.GradientTransformation(init, adam.update), params, adam.init(params))
+    assert len(calls) == most
+
+
+ROWS = {"a": jnp.array([1]), "b": None}
+WHERE = NamedSharding(AbstractMesh((2,), ("x",)), PartitionSpec("x"))
+
+
+def test_a_state_of_other_shapes_is_refused_by_what_one_trace_shows():
+    tx = optax.adam(0.1)
+    params = {"a": jnp.ones((4, 4)), "b": jnp.ones((4, 4))}
+    for name, shape in ("a", (5, 4)), ("a", (4, 5)), ("a", ()), ("b", (5, 4)):
+        state = tx.init(params)
+        mu = state[0].mu | {name: jnp.ones(shape)}
+        state = (state[0]._replace(mu=mu), *state[1:])
+        with pytest.raises(ValueError, match=r"optimizer gives it \(4, 4\)"):
+            read_rows(tx, params, state, ROWS)
