@@ -10,6 +10,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 from benchmarks import ROOT
@@ -30,7 +31,7 @@ def main() -> None:
     check = parser.parse_args().check
     for page, results in PAGES.items():
         before = page.read_text()
-        after = filled(before, json.loads(results.read_text()))
+        after = filled(before, _run(results))
         if check and after != before:
             sys.exit(
                 f"{page.name} does not have the figures of {results.name}: run "
@@ -44,10 +45,16 @@ def filled(page: str, results: Any) -> str:
 
     def fill(match: re.Match[str]) -> str:
         start, name, file, end = match.groups()
-        of_run = json.loads((DOCS / file).read_text()) if file else results
-        return f"{start}\n{TABLES[name](of_run)}\n\n{end}"
+        given = _run(DOCS / file) if file else results
+        if name == "overview":
+            given = [_run(path) for path in PAGES.values()]
+        return f"{start}\n{TABLES[name](given)}\n\n{end}"
 
     return MARKED.sub(fill, page)
+
+
+def _run(path: Path) -> Any:
+    return json.loads(path.read_text())
 
 
 def machine(results: Any) -> str:
@@ -65,11 +72,10 @@ def machine(results: Any) -> str:
     )
 
 
-def overview(_: Any) -> str:
+def overview(runs: list[Any]) -> str:
     """Our time and that of each other side, on all devices that were measured."""
     lines = []
-    for path in PAGES.values():
-        results = json.loads(path.read_text())
+    for results in runs:
         device = results["machine"]["device"]
         lines += [
             [

@@ -19,6 +19,11 @@ from monolith_optax.checkpoint._entries import (
     Shared,
     Tensor,
 )
+from monolith_optax.checkpoint._own_states import (
+    is_ours,
+    optimizer_of,
+    own_states,
+)
 from monolith_optax.checkpoint._paths import check_leaves, path_of
 
 VariableNames: TypeAlias = Callable[[str], str] | Mapping[str, str] | None
@@ -29,9 +34,6 @@ _SCHEDULES = (
     optax.InjectHyperparamsState,
     optax.InjectStatefulHyperparamsState,
 )
-
-# The modules that the states of this package's optimizers belong to.
-_PUBLIC = "monolith_optax", "monolith_optax.embedding"
 
 
 def import_slots(
@@ -177,8 +179,7 @@ def _entries(
 
     def of_state(path: Any, node: Any) -> Any:
         if is_ours(node):
-            name_of_type = type(node).__name__.removesuffix("State")
-            return _entries_of(node, name or name_of_type, variable, shapes)
+            return _entries_of(node, name or optimizer_of(node), variable, shapes)
         if isinstance(node, _SCHEDULES):
             return _entries_of_schedule(node, of_tree)
         return Kept(keystr(path))
@@ -190,7 +191,7 @@ def _entries(
         lambda p, _: Tensor(variable(path_of(p))), params
     )
     slots = of_tree(state)
-    if not any(map(is_ours, jax.tree.leaves(state, is_leaf=is_ours))):
+    if not own_states(state):
         raise ValueError(
             "state must contain the state of an optimizer of monolith_optax, but it is "
             f"{jax.tree.structure(state)}."
@@ -280,12 +281,6 @@ def _variable_namer(names: VariableNames, paths: list[str]) -> Callable[[str], s
 def _is_scalar(tree: Any) -> bool:
     """Whether a slot is one number for all parameters."""
     return is_leaf(tree) and np.shape(tree) == ()
-
-
-def is_ours(node: Any) -> bool:
-    """Whether a node is the state of one of this package's optimizers."""
-    fields = getattr(node, "_fields", ())
-    return type(node).__module__ in _PUBLIC and fields[:1] == ("count",)
 
 
 def _is_known(node: Any) -> bool:

@@ -11,9 +11,9 @@ from jax.tree_util import keystr
 
 from monolith_optax import embedding
 from monolith_optax._leaves import describe, dtype_of
+from monolith_optax.checkpoint._own_states import is_ours, optimizer_of, own_states
 from monolith_optax.checkpoint._paths import check_leaves, path_of
 from monolith_optax.checkpoint._segments import KINDS, PER_WEIGHT, STEP
-from monolith_optax.checkpoint._slots import is_ours
 
 # For each table the paths of its segments' leaves, in order, with their optimizers.
 Leaves: TypeAlias = Mapping[str, Mapping[str, str]]
@@ -82,7 +82,8 @@ class _Found:
         paths = [path_of(path) for path, _ in jax.tree.leaves_with_path(params)]
         self._weights = {path: index for index, path in enumerate(paths)}
         self._slots = [*(None for _ in paths), *_slots_of(state)]
-        self._kinds = set(map(_optimizer_of, _embedding_states(state)))
+        ours = filter(_is_embedding, own_states(state))
+        self._kinds = {optimizer_of(node).lower() for node in ours}
 
     def part(self, table: str, path: str, optimizer: str) -> Part:
         """The segment of a table that is at a path."""
@@ -155,17 +156,8 @@ def _spelled(optimizer: str) -> str:
     return optimizer.replace("_", "")
 
 
-def _optimizer_of(state: Any) -> str:
-    return type(state).__name__.removesuffix("State").lower()
-
-
 def _is_embedding(node: Any) -> bool:
     return is_ours(node) and type(node).__module__ == embedding.__name__
-
-
-def _embedding_states(state: optax.OptState) -> list[Any]:
-    nodes = jax.tree.leaves(state, is_leaf=_is_embedding)
-    return [node for node in nodes if _is_embedding(node)]
 
 
 def _slots_of(state: optax.OptState) -> Iterator[_Slot | None]:
@@ -175,7 +167,7 @@ def _slots_of(state: optax.OptState) -> Iterator[_Slot | None]:
         if not _is_embedding(node):
             yield None
             continue
-        spelled = _optimizer_of(node)
+        spelled = optimizer_of(node).lower()
         for path, _ in jax.tree.leaves_with_path(node):
             field, inside = keystr(path[:1], simple=True), path_of(path[1:])
             if field == "count":

@@ -1,4 +1,9 @@
-"""The oracle of RowCache: the same stream with tables that hold all rows."""
+"""The oracle of RowCache: the same stream with tables that hold all rows.
+
+Two things are taken from inside the cache: its jitted functions, so that all caches of
+a test compile once, and its store, as no public function shows rows that are not on the
+device.
+"""
 
 import functools
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from monolith_optax._rows.gradients.image_facts import Known, is_table, which_tables
 from monolith_optax._rows.gradients.rule_lookups import Rule
-from monolith_optax._rows.programs import jaxprs, row_rules
+from monolith_optax._rows.programs import dependencies, jaxprs, row_rules
 from monolith_optax._rows.programs.custom_rules import (
     differentiable,
     run_with_derivatives,
@@ -102,7 +102,7 @@ def _keeps(program: Program, wanted: Sequence[Atom], by_row: set[Variable]) -> b
 
     Those that have rows are added to `by_row`.
     """
-    needed = jaxprs.needed(program, wanted, ())
+    needed = dependencies.needed(program, wanted, ())
     for equation in program.jaxpr.eqns:
         rows = [is_variable(atom) and atom in by_row for atom in equation.invars]
         if not any(rows):

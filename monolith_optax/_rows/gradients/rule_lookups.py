@@ -15,7 +15,7 @@ from jax.typing import ArrayLike
 
 from monolith_optax._rows.gradients import as_gather
 from monolith_optax._rows.gradients.gather import Lookup
-from monolith_optax._rows.programs import jaxprs
+from monolith_optax._rows.programs import dependencies, jaxprs
 from monolith_optax._rows.programs.custom_rules import differentiable, of_inexact
 from monolith_optax._rows.programs.jaxprs import (
     Atom,
@@ -91,7 +91,7 @@ class Rule:
 
     def sources(self, variable: Atom) -> tuple[list[int], list[ArrayLike]]:
         """The operands and the constants on which a variable depends."""
-        needed = jaxprs.needed(self.program, [variable], ())
+        needed = dependencies.needed(self.program, [variable], ())
         constants = zip(self.program.jaxpr.constvars, self.program.consts, strict=True)
         return (
             [i for i, operand in enumerate(self.operands) if operand in needed],
@@ -102,7 +102,7 @@ class Rule:
         """Where the rows are, for each of some scatters."""
         given = dict(zip(self.operands, operands, strict=True))
         wanted = [scatter.indices for scatter in scatters]
-        return jaxprs.evaluate(self.program, given, wanted)
+        return dependencies.evaluate(self.program, given, wanted)
 
     def run(
         self,
@@ -128,7 +128,7 @@ class Rule:
         def forward(operands: Arrays, rows: Arrays) -> tuple[Arrays, Residuals]:
             given = dict(zip(self.operands, operands, strict=True))
             all_wanted = [*self._results, *kept]
-            values = jaxprs.evaluate(self.program, given, all_wanted)
+            values = dependencies.evaluate(self.program, given, all_wanted)
             count = len(self._results)
             return values[:count], (values[count:], rows)
 
@@ -139,7 +139,7 @@ class Rule:
             given = dict(zip(kept, values, strict=True))
             some = [cotangents[i] for i in self._outputs]
             given.update(zip(self.cotangents, some, strict=True))
-            found = iter(jaxprs.evaluate(self.program, given, wanted))
+            found = iter(dependencies.evaluate(self.program, given, wanted))
             of_operands: list[jax.Array | None] = [None] * len(self.operands)
             for i in others:
                 of_operands[i] = next(found)
@@ -190,7 +190,7 @@ class Rule:
 
     def _kept(self, wanted: Sequence[Atom]) -> list[Variable]:
         """The variables that the function keeps for its rule."""
-        needed = jaxprs.needed(self.program, wanted, ())
+        needed = dependencies.needed(self.program, wanted, ())
         kept = dict.fromkeys(filter(is_variable, wanted))
         for equation in self.program.jaxpr.eqns:
             if self._from_cotangents.intersection(equation.outvars) & needed:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from monolith_optax._rows.gradients.lookup_tree import RESULTS, Found, Tree, lookups_of
 from monolith_optax._rows.programs import jaxprs
-from monolith_optax._rows.programs.dependencies import sources
+from monolith_optax._rows.programs.dependencies import evaluate, sources
 from monolith_optax._rows.programs.jaxprs import Program
 from monolith_optax._rows.slices.exchange import NOBODY, Route
 from monolith_optax._rows.slices.no_derivatives import forward_only
@@ -71,7 +71,7 @@ class SpreadRows:
         """Looks up what depends only on rows that are there."""
         given = dict(zip(program.jaxpr.invars, self.rows, strict=True))
         wanted = [program.jaxpr.outvars[k] for k in level]
-        ids = dict(zip(level, jaxprs.evaluate(program, given, wanted), strict=True))
+        ids = dict(zip(level, evaluate(program, given, wanted), strict=True))
         for leaf, table in self._tables.items():
             which = [k for k in level if self._lookups[k][1] == leaf]
             if not which:

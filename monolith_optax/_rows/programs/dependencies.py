@@ -1,9 +1,19 @@
-"""Which results of a traced program depend on which of its operands."""
+"""What depends on what in a traced program, and running only what is needed."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
+
+import jax
+from jax.typing import ArrayLike
 
 from monolith_optax._rows.programs import jaxprs
-from monolith_optax._rows.programs.jaxprs import Equation, Program
+from monolith_optax._rows.programs.jaxprs import (
+    Atom,
+    Equation,
+    Literal,
+    Program,
+    Variable,
+    is_variable,
+)
 
 Sources = frozenset[int]
 
@@ -52,3 +62,41 @@ _INSIDE: dict[str, Callable[[Equation, list[Sources]], list[Sources]]] = {
     "cond": _cond,
     "scan": _scan,
 }
+
+
+def needed(
+    program: Program, wanted: Sequence[Atom], given: Container[Variable]
+) -> set[Variable]:
+    """The variables of a program on which some depend, and those themselves.
+
+    What is before a variable that is given is not looked at.
+    """
+    found = set(filter(is_variable, wanted))
+    for equation in reversed(program.jaxpr.eqns):
+        if any(out in found and out not in given for out in equation.outvars):
+            found.update(filter(is_variable, equation.invars))
+    return found
+
+
+def evaluate(
+    program: Program, given: Mapping[Variable, ArrayLike], wanted: Sequence[Atom]
+) -> list[jax.Array]:
+    """Runs as much of a program as some of its variables need.
+
+    Args:
+      program: the program.
+      given: the values of its operands, or of other variables.
+      wanted: variables.
+    """
+    values = dict(zip(program.jaxpr.constvars, program.consts, strict=True)) | {**given}
+    variables = needed(program, wanted, given)
+
+    def read(atom: Atom) -> jax.Array:
+        value: jax.Array = atom.val if isinstance(atom, Literal) else values[atom]
+        return value
+
+    for equation in program.jaxpr.eqns:
+        if any(out in variables and out not in given for out in equation.outvars):
+            results = jaxprs.bind(equation, [read(atom) for atom in equation.invars])
+            values.update(zip(equation.outvars, results, strict=True))
+    return [read(atom) for atom in wanted]

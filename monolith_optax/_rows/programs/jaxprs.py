@@ -7,16 +7,18 @@ which differs between versions of JAX.
 import contextlib
 import operator
 import pathlib
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple, TypeAlias, TypeGuard, TypeVar, cast
 
 import jax
 import numpy as np
-from jax import lax
 from jax.extend import core, source_info_util
 from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 
+from monolith_optax._rows.programs.varying import alike as alike
+from monolith_optax._rows.programs.varying import as_varying as as_varying
+from monolith_optax._rows.programs.varying import varying as varying
 from monolith_optax._rows.types import ArrayType, Mesh, PyTree, Shape
 
 Value = TypeVar("Value")
@@ -95,44 +97,6 @@ def inlined(program: Program) -> Program:
 
     types = [type_of(operand) for operand in program.jaxpr.invars]
     return trace(lambda *operands: run(program, operands), *types)[0]
-
-
-def needed(
-    program: Program, wanted: Sequence[Atom], given: Container[Variable]
-) -> set[Variable]:
-    """The variables of a program on which some depend, and those themselves.
-
-    What is before a variable that is given is not looked at.
-    """
-    found = set(filter(is_variable, wanted))
-    for equation in reversed(program.jaxpr.eqns):
-        if any(out in found and out not in given for out in equation.outvars):
-            found.update(filter(is_variable, equation.invars))
-    return found
-
-
-def evaluate(
-    program: Program, given: Mapping[Variable, ArrayLike], wanted: Sequence[Atom]
-) -> list[jax.Array]:
-    """Runs as much of a program as some of its variables need.
-
-    Args:
-      program: the program.
-      given: the values of its operands, or of other variables.
-      wanted: variables.
-    """
-    values = dict(zip(program.jaxpr.constvars, program.consts, strict=True)) | {**given}
-    variables = needed(program, wanted, given)
-
-    def read(atom: Atom) -> jax.Array:
-        value: jax.Array = atom.val if isinstance(atom, Literal) else values[atom]
-        return value
-
-    for equation in program.jaxpr.eqns:
-        if any(out in variables and out not in given for out in equation.outvars):
-            results = bind(equation, [read(atom) for atom in equation.invars])
-            values.update(zip(equation.outvars, results, strict=True))
-    return [read(atom) for atom in wanted]
 
 
 def bind(
@@ -318,28 +282,3 @@ def shard_map_parts(equation: Equation) -> ShardMap:
         frozenset(axes),
         params["check_vma"],
     )
-
-
-def varying(aval: ArrayType) -> frozenset[str]:
-    """The mesh axes over which values of a type differ from device to device."""
-    manual = getattr(aval, "mat", None)
-    axes: frozenset[str] = aval.vma if manual is None else manual.varying
-    return axes
-
-
-def as_varying(array: jax.Array, axes: frozenset[str]) -> jax.Array:
-    """An array as one that may differ over some more mesh axes."""
-    more = tuple(sorted(axes - varying(jax.typeof(array))))
-    if not more:
-        return array
-    if hasattr(lax, "pcast"):
-        array = lax.pcast(array, more, to="varying")
-    else:  # JAX 0.8
-        array = vars(lax)["pvary"](array, more)
-    return array
-
-
-def alike(arrays: Sequence[jax.Array]) -> list[jax.Array]:
-    """Arrays that differ over the same mesh axes: over all that one of them does."""
-    axes = frozenset().union(*(varying(jax.typeof(array)) for array in arrays))
-    return [as_varying(array, axes) for array in arrays] if axes else list(arrays)

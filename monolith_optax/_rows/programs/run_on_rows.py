@@ -142,15 +142,17 @@ class Runner:
             return self._whole_results(equation, operands)
         known = [value.constant for value in operands]
         after = known_constants.after(equation, known, plans[0].evaluate)
-        if any(
-            isinstance(value, Whole) and self._as_long(np.shape(value.array))
-            for value in operands
-        ):  # a whole array is already there, and so is the result
+        if self._is_there(operands):
             return list(map(Whole, _bind_whole(equation, operands), after))
         return [
             Made(equation, operands, index, constant=constant)
             for index, constant in enumerate(after)
         ]
+
+    def _is_there(self, operands: list[Value]) -> bool:
+        """Whether one is a whole array as long as a table: then results may be, too."""
+        arrays = [value.array for value in operands if isinstance(value, Whole)]
+        return any(self._as_long(np.shape(array)) for array in arrays)
 
     def _plans(self, equation: Equation, by_row: list[bool]) -> list[row_rules.Plan]:
         """Ways to make results that are as long as tables of rows, or from nothing."""
@@ -177,10 +179,7 @@ class Runner:
                 after = known_constants.after(equation, known, plan.evaluate)
                 return list(map(Whole, arrays, after))
         is_long = [bool(self._as_long(np.shape(array))) for array in arrays]
-        is_there = any(is_long) and any(
-            isinstance(value, Whole) and self._as_long(np.shape(value.array))
-            for value in operands
-        )
+        is_there = any(is_long) and self._is_there(operands)
         return [
             Given(array) if long and not is_there else Whole(array)
             for array, long in zip(arrays, is_long, strict=True)

@@ -1,9 +1,10 @@
 """What the exchange of a spread table's rows sends, by its shapes."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from monolith_optax._rows.slices.duplicates import at_least_float32
 from monolith_optax._rows.slices.exchange import capacity
@@ -28,7 +29,7 @@ class Exchange(NamedTuple):
 
 
 def exchange_of(
-    ids: int, row_shape: tuple[int, ...], dtype: Any, owners: int, copies: int
+    ids: int, row_shape: tuple[int, ...], dtype: DTypeLike, owners: int, copies: int
 ) -> Exchange:
     """The exchange of the ids of a batch.
 

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from jax.tree_util import keystr
 from monolith_optax._public import public
 from monolith_optax._rows.slices.exchange import Axes
 from monolith_optax._rows.slices.row_slices import RowSlices, is_slices
-from monolith_optax._rows.slices.spread import Spread
+from monolith_optax._rows.slices.spread import Placement, Spread
 from monolith_optax._rows.types import PyTree
 
 
@@ -72,7 +72,9 @@ def exchange_metrics(gradients: PyTree) -> dict[str, ExchangeMetrics]:
     """
     leaves = jax.tree.leaves_with_path(gradients, is_leaf=is_slices)
     found = {
-        keystr(path, simple=True, separator=".") or "gradients": _of_table(leaf)
+        keystr(path, simple=True, separator=".") or "gradients": _of_table(
+            leaf, leaf.placement
+        )
         for path, leaf in leaves
         if is_slices(leaf) and leaf.placement is not None
     }
@@ -85,8 +87,7 @@ def exchange_metrics(gradients: PyTree) -> dict[str, ExchangeMetrics]:
     return found
 
 
-def _of_table(slices: RowSlices) -> ExchangeMetrics:
-    placement: Any = slices.placement
+def _of_table(slices: RowSlices, placement: Placement) -> ExchangeMetrics:
     nothing = jnp.zeros((*slices.ids.shape, 0), jnp.float32)
     ids, _, where = placement.sum_duplicates(slices.ids, nothing)
     owned = _owned(ids, where.spread)
@@ -97,11 +98,11 @@ def _of_table(slices: RowSlices) -> ExchangeMetrics:
 
 
 @functools.partial(jax.jit, static_argnames="spread")
-def _owned(ids: Any, spread: Spread) -> Any:
+def _owned(ids: jax.Array, spread: Spread) -> jax.Array:
     """How many of distinct ids each device owns."""
     devices = math.prod(spread.mesh.shape[axis] for axis in spread.axes)
 
-    def local(ids: Any) -> Any:
+    def local(ids: jax.Array) -> jax.Array:
         return _count(ids, spread.num_rows // devices, devices, spread.axes)
 
     everywhere = PartitionSpec()
@@ -109,7 +110,8 @@ def _owned(ids: Any, spread: Spread) -> Any:
     return spread.automatic(whole, everywhere)(ids)
 
 
-def _count(ids: Any, rows_each: int, devices: int, axes: Axes) -> Any:
+def _count(ids: jax.Array, rows_each: int, devices: int, axes: Axes) -> jax.Array:
     owners = jnp.where(ids < 0, devices, ids // rows_each)
     counts = jnp.zeros(devices, jnp.int32).at[owners].add(1, mode="drop")
-    return lax.psum(counts, axes)
+    total: jax.Array = lax.psum(counts, axes)
+    return total

@@ -1,13 +1,15 @@
 """Errors that say what to do instead of a derivative."""
 
-from typing import Any
+from typing import NoReturn, TypeAlias
 
 import jax
 from jax.custom_derivatives import linear_call
 
+_Arrays: TypeAlias = tuple[jax.Array]
+
 
 @jax.custom_jvp
-def forward_only(array: Any) -> Any:
+def forward_only(array: jax.Array) -> jax.Array:
     """The array, without derivatives in reverse mode.
 
     The loops of a ring have as many turns as the batch needs, which JAX does not
@@ -17,12 +19,12 @@ def forward_only(array: Any) -> Any:
 
 
 @forward_only.defjvp
-def _forward(primals: Any, tangents: Any) -> Any:
+def _forward(primals: _Arrays, tangents: _Arrays) -> tuple[jax.Array, jax.Array]:
     [array], [tangent] = primals, tangents
     return forward_only(array), linear_call(lambda _, x: x, _refuse, (), tangent)
 
 
-def _refuse(_: Any, cotangent: Any) -> Any:
+def _refuse(_: tuple[()], cotangent: jax.Array) -> NoReturn:
     del cotangent
     raise ValueError(
         "A gradient is taken through rows that are exchanged between devices, as for a "
@@ -32,13 +34,13 @@ def _refuse(_: Any, cotangent: Any) -> Any:
 
 
 @jax.custom_jvp
-def no_derivatives(array: Any) -> Any:
+def no_derivatives(array: jax.Array) -> jax.Array:
     """The array, without derivatives."""
     return array
 
 
 @no_derivatives.defjvp
-def _none(primals: Any, tangents: Any) -> Any:
+def _none(primals: _Arrays, tangents: _Arrays) -> NoReturn:
     del primals, tangents
     raise ValueError(
         "A derivative is taken of what a function of with_row_lookups returns, but it "

@@ -7,13 +7,13 @@ its public way to define a kind of keys gives us such a dtype whose name tells w
 is. A key holds `~id`: the keys that `jnp.zeros_like` makes are then -1, padding.
 """
 
-from typing import NoReturn
+from typing import NoReturn, cast
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.extend.random import define_prng_impl
-from jax.typing import ArrayLike
+
+from monolith_optax._rows.types import ArrayType
 
 
 def _refuse(*_: object) -> NoReturn:
@@ -54,22 +54,21 @@ def opaque(ids: jax.Array) -> jax.Array:
 
 
 def plain(ids: jax.Array) -> jax.Array:
-    """The int32 ids of opaque ones."""
+    """The int32 ids of opaque ones, or their type.
+
+    Raises:
+      TypeError: a function that maps over leaves has replaced them.
+    """
+    if not is_opaque(ids):
+        raise TypeError(
+            f"The row ids of RowSlices have become {_describe(ids)}: a function that "
+            "maps over leaves has replaced them."
+        )
+    if isinstance(ids, jax.ShapeDtypeStruct):
+        return cast(jax.Array, cast(ArrayType, ids).update(dtype=jnp.int32))
     data = jnp.squeeze(jax.random.key_data(ids), -1)
     return ~jax.lax.bitcast_convert_type(data, jnp.int32)
 
 
-def int32_ids(ids: ArrayLike) -> jax.Array:
-    """Integers as int32; those that do not fit become padding, not other rows."""
-    if not isinstance(ids, jax.Array):
-        ids = np.asarray(ids)  # JAX would cut 64-bit ids to 32 bits
-    if not jnp.issubdtype(ids.dtype, jnp.integer):
-        raise ValueError(
-            f"The ids of RowSlices must be integers, but they are {ids.dtype}."
-        )
-    if ids.dtype == np.int32:
-        return jnp.asarray(ids)
-    where = np.where if isinstance(ids, np.ndarray) else jnp.where
-    narrow = ids.astype(np.int32)
-    fits = (narrow.astype(ids.dtype) == ids) & ((narrow < 0) == (ids < 0))
-    return jnp.asarray(where(fits, narrow, np.int32(-1)))
+def _describe(leaf: object) -> str:
+    return str(getattr(leaf, "dtype", type(leaf).__name__))

@@ -179,13 +179,50 @@ def touched(
     return Table(name, axes, ids), rows
 
 
-def add_rows(
+def row_axes(
+    shape: tuple[int, ...], row_shape: tuple[int, ...]
+) -> tuple[int, ...] | None:
+    """The first axes of a parameter that count rows of a shape; None if none do.
+
+    There are several if the parameter is a stack of tables. Numbers are not looked for
+    in stacks, since slices of numbers for a table of longer rows are a mistake.
+    """
+    count = len(shape) - len(row_shape)
+    is_stack = count > 1 and len(row_shape) > 0
+    if shape[count:] != row_shape or not (count == 1 or is_stack):
+        return None
+    return shape[:count]
+
+
+def add_slices(
     table: jax.Array,
     ids: jax.Array,
     rows: jax.Array,
-    placement: Placement | None = None,
+    placement: Placement | None,
 ) -> jax.Array:
-    """A table plus the rows of some ids, in the dtype of the table."""
+    """A table plus slices, in the dtype of the table.
+
+    Raises:
+      ValueError: the rows do not fit the table, or its dtype is not a floating one.
+    """
+    row_shape = rows.shape[ids.ndim :]
+    if (axes := row_axes(table.shape, row_shape)) is None:
+        raise ValueError(
+            f"Rows of shape {row_shape} cannot be added to a table of shape "
+            f"{table.shape}."
+        )
+    if not jnp.issubdtype(table.dtype, jnp.inexact):
+        raise ValueError(
+            f"Rows of {rows.dtype} cannot be added to a table of {table.dtype}: it "
+            "must have a floating-point dtype."
+        )
+    total = _add_rows(flattened(table, axes), ids, rows, placement)
+    return total.reshape(table.shape)
+
+
+def _add_rows(
+    table: jax.Array, ids: jax.Array, rows: jax.Array, placement: Placement | None
+) -> jax.Array:
     num_rows, wide = len(table), at_least_float32(table.dtype)
     check_size(num_rows, ids.size)
     if num_rows == 0:

@@ -2,19 +2,20 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeGuard, cast, overload
+from typing import Any, TypeGuard, overload
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
 from monolith_optax._public import public
+from monolith_optax._rows.slices.concatenate import concatenated
 from monolith_optax._rows.slices.duplicates import at_least_float32
-from monolith_optax._rows.slices.opaque_ids import int32_ids, is_opaque, opaque, plain
-from monolith_optax._rows.slices.row_access import add_rows, flattened
+from monolith_optax._rows.slices.opaque_ids import is_opaque, opaque, plain
+from monolith_optax._rows.slices.parts import checked_rows, int32_ids
+from monolith_optax._rows.slices.row_access import add_slices
 from monolith_optax._rows.slices.spread import Placement
-from monolith_optax._rows.types import ArrayType, PyTree
-from monolith_optax._shardings import replicated
+from monolith_optax._rows.types import PyTree
 
 
 class _Named(type):
@@ -101,33 +102,22 @@ class RowSlices(metaclass=_Named):
         )
 
     def __init__(self, ids: ArrayLike, rows: ArrayLike) -> None:
-        object.__setattr__(self, "_ids", opaque(int32_ids(ids)))
-        object.__setattr__(self, "rows", jnp.asarray(rows))
-        object.__setattr__(self, "_placement", None)
-        _check(self)
+        opaque_ids = opaque(int32_ids(ids))
+        rows = checked_rows(rows, opaque_ids.shape)
+        vars(self).update(_ids=opaque_ids, rows=rows, _placement=None)
 
     @classmethod
     def placed(
         cls, ids: jax.Array, rows: jax.Array, placement: Placement | None
     ) -> "RowSlices":
-        """Slices of a table that is spread over devices; not for users.
-
-        None is the placement of other tables.
-        """
+        """Slices of a table that may be spread over devices; not for users."""
         return cls.tree_unflatten(None, (opaque(ids), rows, placement))
 
     @property
     def placement(self) -> Placement | None:
         """Where the rows are, if the table is spread over devices; not for users."""
         if self._placement is not None:
-            given, batches = self._placement.spilled.shape, self._ids.shape[:-1]
-            if given != batches:
-                raise ValueError(
-                    f"The row ids of a spread table have the shape {self._ids.shape}, "
-                    f"but there are placements for {given or 'one'} of its batches: "
-                    "slices have been reshaped, and nothing tells which device has "
-                    "which ids. Use RowSlices.concatenate or `+` to join them."
-                )
+            self._placement.check_batches(self._ids.shape)
         return self._placement
 
     @property
@@ -137,14 +127,6 @@ class RowSlices(metaclass=_Named):
         Raises:
           TypeError: a function that maps over leaves has replaced them.
         """
-        if not is_opaque(self._ids):
-            raise TypeError(
-                f"The row ids of RowSlices have become {_describe(self._ids)}: a "
-                "function that maps over leaves has replaced them."
-            )
-        if isinstance(self._ids, jax.ShapeDtypeStruct):
-            shape = cast(ArrayType, self._ids)
-            return cast(jax.Array, shape.update(dtype=jnp.int32))
         return plain(self._ids)
 
     @property
@@ -166,19 +148,14 @@ class RowSlices(metaclass=_Named):
           ValueError: the first axes are not those of the ids, or the dtype is not a
             floating-point one.
         """
-        children = self._ids, jnp.asarray(rows), self._placement
-        slices = RowSlices.tree_unflatten(None, children)
-        _check(slices)
-        return slices
+        rows = checked_rows(rows, self._ids.shape)
+        return RowSlices.tree_unflatten(None, (self._ids, rows, self._placement))
 
     def astype(self, dtype: DTypeLike) -> "RowSlices":
         """The slices with rows of another dtype.
 
         Args:
           dtype: a floating-point dtype.
-
-        Returns:
-          New slices.
 
         Raises:
           ValueError: the dtype is not a floating-point one.
@@ -217,23 +194,8 @@ class RowSlices(metaclass=_Named):
           ValueError: there are none, their rows have several shapes, or only some of
             them are of a table that is spread over devices.
         """
-        row_shapes = {part.row_shape for part in slices}
-        if len(row_shapes) != 1:
-            raise ValueError(
-                f"Slices of one table have rows of one shape, not {row_shapes or None}."
-            )
-        if any(part.placement is not None for part in slices):
-            return _concatenated_on_devices(slices)
-        [row_shape] = row_shapes
-        return RowSlices(
-            jnp.concatenate([replicated(part.ids).reshape(-1) for part in slices]),
-            jnp.concatenate(
-                [
-                    replicated(part.rows).reshape(part.ids.size, *row_shape)
-                    for part in slices
-                ]
-            ),
-        )
+        parts = [(part.ids, part.rows, part.placement) for part in slices]
+        return RowSlices.placed(*concatenated(parts))
 
     @overload
     def __add__(self, other: "RowSlices") -> "RowSlices": ...
@@ -254,20 +216,7 @@ class RowSlices(metaclass=_Named):
         """
         if isinstance(other, RowSlices):
             return RowSlices.concatenate([self, other])
-        table = jnp.asarray(other)
-        if (axes := row_axes(table.shape, self)) is None:
-            raise ValueError(
-                f"Rows of shape {self.row_shape} cannot be added to a table of shape "
-                f"{table.shape}."
-            )
-        if not jnp.issubdtype(table.dtype, jnp.inexact):
-            raise ValueError(
-                f"Rows of {self.rows.dtype} cannot be added to a table of "
-                f"{table.dtype}: it must have a floating-point dtype."
-            )
-        flat = flattened(table, axes)
-        total = add_rows(flat, self.ids, self.rows, self.placement)
-        return total.reshape(table.shape)
+        return add_slices(jnp.asarray(other), self.ids, self.rows, self.placement)
 
     __radd__ = __add__
 
@@ -284,17 +233,13 @@ class RowSlices(metaclass=_Named):
 
     def __rsub__(self, table: ArrayLike) -> jax.Array:
         """`table - slices` is a table, in its dtype."""
-        difference: jax.Array = -self + table
-        return difference
+        return -self + table
 
     def __mul__(self, scalar: ArrayLike) -> "RowSlices":
         """The slices scaled by a number, in the dtype of their rows.
 
         Args:
           scalar: a number or an array of shape ().
-
-        Returns:
-          New slices.
 
         Raises:
           ValueError: it is an array with axes.
@@ -304,17 +249,7 @@ class RowSlices(metaclass=_Named):
     __rmul__ = __mul__
 
     def __truediv__(self, scalar: ArrayLike) -> "RowSlices":
-        """The slices divided by a number, in the dtype of their rows.
-
-        Args:
-          scalar: a number or an array of shape ().
-
-        Returns:
-          New slices.
-
-        Raises:
-          ValueError: it is an array with axes.
-        """
+        """The slices divided by a number; args and errors are those of `*`."""
         return self._scaled(jnp.divide, scalar)
 
     def __neg__(self) -> "RowSlices":
@@ -355,61 +290,10 @@ class RowSlices(metaclass=_Named):
     def tree_unflatten(cls, _: None, children: PyTree) -> "RowSlices":
         # JAX unflattens with placeholders too, which the checks would not understand.
         self = object.__new__(cls)
-        object.__setattr__(self, "_ids", children[0])
-        object.__setattr__(self, "rows", children[1])
-        object.__setattr__(self, "_placement", children[2])
+        vars(self).update(zip(("_ids", "rows", "_placement"), children, strict=True))
         return self
 
 
 def is_slices(node: object) -> TypeGuard[RowSlices]:
     """Whether a node of a tree is a `RowSlices`."""
     return isinstance(node, RowSlices)
-
-
-def row_axes(shape: tuple[int, ...], slices: RowSlices) -> tuple[int, ...] | None:
-    """The first axes of a parameter whose rows slices are; None if they are not.
-
-    There are several if the parameter is a stack of tables. Numbers are not looked for
-    in stacks, since slices of numbers for a table of longer rows are a mistake.
-    """
-    row_shape = slices.row_shape
-    count = len(shape) - len(row_shape)
-    is_stack = count > 1 and len(row_shape) > 0
-    if shape[count:] != row_shape or not (count == 1 or is_stack):
-        return None
-    return shape[:count]
-
-
-def _concatenated_on_devices(slices: Sequence[RowSlices]) -> RowSlices:
-    """The sum of slices of one spread table, each part where it is."""
-    placements = [part.placement for part in slices]
-    first = placements[0]
-    spreads = {placement and placement.spread for placement in placements}
-    if first is None or len(spreads) > 1:
-        raise ValueError(
-            "Slices of a table that is spread over devices can only be added to others "
-            "of the same table: take all of their gradients with the same tables= of "
-            "value_and_row_grad."
-        )
-    flags = [jnp.any(placement.spilled) for placement in placements if placement]
-    ids, rows, placement = first.concatenated(
-        [(part.ids, part.rows) for part in slices], jnp.any(jnp.stack(flags))
-    )
-    return RowSlices.placed(ids, rows, placement)
-
-
-def _check(slices: RowSlices) -> None:
-    rows, ids_shape = slices.rows, slices._ids.shape
-    if not jnp.issubdtype(rows.dtype, jnp.inexact):
-        raise ValueError(
-            f"The rows of RowSlices must have a floating-point dtype, not {rows.dtype}."
-        )
-    if rows.shape[: len(ids_shape)] != ids_shape:
-        raise ValueError(
-            f"The rows of RowSlices must have the shape of the ids, {ids_shape}, "
-            f"before that of a row, but their shape is {rows.shape}."
-        )
-
-
-def _describe(leaf: object) -> str:
-    return str(getattr(leaf, "dtype", type(leaf).__name__))

@@ -7,7 +7,7 @@ is called with whole arrays, and works on each device's part in `jax.shard_map`.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeAlias, TypeVar
 
@@ -54,6 +54,10 @@ class Spread:
     def by_rows(self) -> PartitionSpec:
         """The sharding of arrays that are split as the table's rows are."""
         return PartitionSpec(self.axes)
+
+    def of_slices(self, ids: jax.Array) -> PartitionSpec:
+        """The sharding of slices: ids are split along the last axis, after batches."""
+        return PartitionSpec(*[None] * (jnp.ndim(ids) - 1), self.axes)
 
     def on_devices(
         self, local: Callable[..., Result], specs: PyTree, out: PyTree
@@ -131,21 +135,18 @@ class Placement:
     def gather(self, array: jax.Array, ids: jax.Array) -> jax.Array:
         """Rows of distinct ids, of an array that is as long as the table."""
         rows = _gather(jnp.asarray(array), ids, self.spilled, self.spread)
-        new: jax.Array = forward_only(rows)
-        return new
+        return forward_only(rows)
 
     def scatter(self, array: jax.Array, ids: jax.Array, rows: jax.Array) -> jax.Array:
         """The array with new rows at distinct ids."""
         array = jnp.asarray(array)
         array = _scatter(array, ids, rows, self.spilled, self.spread, False)
-        new: jax.Array = forward_only(array)
-        return new
+        return forward_only(array)
 
     def add(self, array: jax.Array, ids: jax.Array, rows: jax.Array) -> jax.Array:
         """The array with rows added, in a dtype that is wide enough for sums."""
         array = _scatter(array, ids, rows, self.spilled, self.spread, True)
-        new: jax.Array = forward_only(array)
-        return new
+        return forward_only(array)
 
     def sum_duplicates(
         self, ids: jax.Array, rows: jax.Array
@@ -158,12 +159,15 @@ class Placement:
         ids, rows = _sum_duplicates(ids, rows, spilled, self.spread)
         return ids, forward_only(rows), Placement(spilled, self.spread)
 
-    def concatenated(
-        self, parts: Sequence[tuple[jax.Array, jax.Array]], spilled: jax.Array
-    ) -> tuple[jax.Array, jax.Array, "Placement"]:
-        """Several ids and rows of a table as one, for each device by itself."""
-        ids, rows = _concatenate(tuple(parts), self.spread)
-        return ids, rows, Placement(spilled, self.spread)
+    def check_batches(self, ids_shape: tuple[int, ...]) -> None:
+        """Checks that slices are still those of these batches."""
+        if ids_shape[:-1] != self.spilled.shape:
+            raise ValueError(
+                f"The row ids of a spread table have the shape {ids_shape}, but there "
+                f"are placements for {self.spilled.shape or 'one'} of its batches: "
+                "slices have been reshaped, and nothing tells which device has which "
+                "ids. Use RowSlices.concatenate or `+` to join them."
+            )
 
 
 @functools.partial(jax.jit, static_argnames="spread")
@@ -193,7 +197,7 @@ def _scatter(
             array, ids.reshape(-1), rows, jnp.any(spilled), spread.axes, add=add
         )
 
-    specs = spread.by_rows, _of_slices(ids, spread), _of_slices(ids, spread)
+    specs = spread.by_rows, spread.of_slices(ids), spread.of_slices(ids)
     whole = spread.on_devices(local, (*specs, PartitionSpec()), spread.by_rows)
     return spread.automatic(whole, spread.by_rows)(array, ids, rows, spilled)
 
@@ -208,26 +212,6 @@ def _sum_duplicates(
             ids.reshape(-1), flat, spread.num_rows, jnp.any(spilled), spread.axes
         )
 
-    of_ids, out = _of_slices(ids, spread), (spread.by_rows, spread.by_rows)
+    of_ids, out = spread.of_slices(ids), (spread.by_rows, spread.by_rows)
     whole = spread.on_devices(local, (of_ids, of_ids, PartitionSpec()), out)
     return spread.automatic(whole, out)(ids, rows, spilled)
-
-
-@functools.partial(jax.jit, static_argnames="spread")
-def _concatenate(parts: tuple[Pair, ...], spread: Spread) -> Pair:
-    def local(*parts: Pair) -> Pair:
-        return (
-            jnp.concatenate([ids.reshape(-1) for ids, _ in parts]),
-            jnp.concatenate(
-                [rows.reshape(ids.size, *rows.shape[ids.ndim :]) for ids, rows in parts]
-            ),
-        )
-
-    specs = tuple((_of_slices(ids, spread),) * 2 for ids, _ in parts)
-    out = spread.by_rows, spread.by_rows
-    return spread.automatic(spread.on_devices(local, specs, out), out)(*parts)
-
-
-def _of_slices(ids: jax.Array, spread: Spread) -> PartitionSpec:
-    """The spec of slices, whose last axis of ids is split; others stack batches."""
-    return PartitionSpec(*[None] * (jnp.ndim(ids) - 1), spread.axes)

@@ -1,17 +1,10 @@
 """TableStack: several tables in one array for each shape and dtype of rows.
 
 Each step of training then searches, gathers, computes and scatters once for all tables
-of an array. A stack of n shards is n equal parts, and each of them holds an n-th of
-every table:
-
-    shard 0: rows of a, rows of b, rows of c; shard 1: more rows of a, b and c; ...
-
-so a stack that is split over n devices gives each of them a share of every table.
+of an array.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -21,30 +14,9 @@ from jax.typing import ArrayLike
 
 from monolith_optax._leaves import describe, dtype_of
 from monolith_optax._public import public
-from monolith_optax._rows.slices.duplicates import check_size
-from monolith_optax._rows.slices.opaque_ids import int32_ids
+from monolith_optax._rows.slices.parts import int32_ids
+from monolith_optax._rows.slices.stack_layout import Part, StackLayout
 from monolith_optax._rows.types import PyTree
-
-Integers = TypeVar("Integers", np.ndarray, jax.Array)
-
-
-@dataclass(frozen=True)
-class _Part:
-    """Where a table is in its array.
-
-    Attributes:
-      name: its path in the tree of tables.
-      key: of its array.
-      num_rows: how many rows it has.
-      first: where its rows begin in each shard.
-      per_shard: how many rows it has in each shard, with those that fill it up.
-    """
-
-    name: str
-    key: str
-    num_rows: int
-    first: int
-    per_shard: int
 
 
 @public("monolith_optax")
@@ -99,25 +71,17 @@ class TableStack:
         if shards < 1:
             raise ValueError(f"shards must be at least 1, but it is {shards}.")
         leaves, self._structure = jax.tree.flatten_with_path(tables)
-        self._shards, self._parts = shards, list[_Part]()
-        self.shapes: dict[str, jax.ShapeDtypeStruct] = {}
-        per_shard: dict[str, int] = {}
+        types = []
         for path, table in leaves:
-            name, shape, dtype = keystr(path), np.shape(table), dtype_of(table)
+            name, shape = keystr(path), np.shape(table)
             if len(shape) < 2:
                 raise ValueError(
                     f"tables{name} must be a table of rows, with at least two axes, "
                     f"but it is {describe(table)}."
                 )
-            key = f"{dtype}_{'x'.join(map(str, shape[1:]))}"
-            first, rows = per_shard.setdefault(key, 0), -(-shape[0] // shards)
-            self._parts.append(_Part(name, key, shape[0], first, rows))
-            per_shard[key] += rows
-            self.shapes[key] = jax.ShapeDtypeStruct(
-                (shards * per_shard[key], *shape[1:]), dtype
-            )
-        for each in self.shapes.values():
-            check_size(each.shape[0], 0)
+            types.append((name, jax.ShapeDtypeStruct(shape, dtype_of(table))))
+        self.layout = StackLayout(types, shards)
+        self.shapes = self.layout.shapes
 
     def pack(self, tables: PyTree) -> dict[str, jax.Array]:
         """The arrays that hold these tables.
@@ -143,7 +107,7 @@ class TableStack:
                     f"tables{part.name} must have {part.num_rows} rows, but it is "
                     f"{describe(table)}."
                 )
-            parts[part.key].append(self._in_shards(part, jnp.asarray(table)))
+            parts[part.key].append(self.layout.in_shards(part, jnp.asarray(table)))
         return {key: self._joined(key, arrays) for key, arrays in parts.items()}
 
     def unpack(self, stacks: PyTree) -> PyTree:
@@ -173,7 +137,9 @@ class TableStack:
                     f"stacks[{key!r}] must have {self.shapes[key].shape[0]} rows, but "
                     f"it is {describe(array)}."
                 )
-        tables = [self._table(part, stacks[part.key]) for part in self._parts]
+        tables = [
+            self.layout.table(part, stacks[part.key]) for part in self.layout.parts
+        ]
         return jax.tree.unflatten(self._structure, tables)
 
     def row_ids(self, ids: PyTree) -> dict[str, jax.Array]:
@@ -221,44 +187,9 @@ class TableStack:
             }
         return self.pack(init)
 
-    def moves_to(
-        self, new: "TableStack"
-    ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-        """For each array where rows of its tables are, and where they are in another.
-
-        Raises:
-          ValueError: a table is not in the new stack, or has fewer rows there, or rows
-            of another shape or dtype.
-        """
-        others = {part.name: part for part in new._parts}
-        before: dict[str, list[np.ndarray]] = {key: [] for key in self.shapes}
-        after: dict[str, list[np.ndarray]] = {key: [] for key in self.shapes}
-        for part in self._parts:
-            other = others.get(part.name)
-            if other is None or other.key != part.key or other.num_rows < part.num_rows:
-                there = f"{other.num_rows} of {other.key}" if other else "none"
-                raise ValueError(
-                    f"tables{part.name} has {part.num_rows} rows of {part.key} in the "
-                    "old stack, so it must have at least as many of this kind in the "
-                    f"new one, but there it has {there}."
-                )
-            rows = np.arange(part.num_rows, dtype=np.int32)
-            before[part.key].append(self._positions(part, rows))
-            after[part.key].append(new._positions(other, rows))
-        return (
-            {key: np.concatenate(rows) for key, rows in before.items()},
-            {key: np.concatenate(rows) for key, rows in after.items()},
-        )
-
-    def _positions(self, part: _Part, rows: Integers) -> Integers:
-        """Where rows of a table are in its array."""
-        per_shard = self.shapes[part.key].shape[0] // self._shards
-        shard, row = divmod(rows, np.int32(max(part.per_shard, 1)))
-        return shard * np.int32(per_shard) + np.int32(part.first) + row
-
-    def _leaves(self, what: str, tree: PyTree) -> list[tuple[_Part, PyTree]]:
-        pairs: list[tuple[_Part, PyTree]] = []
-        parts = jax.tree.unflatten(self._structure, self._parts)
+    def _leaves(self, what: str, tree: PyTree) -> list[tuple[Part, PyTree]]:
+        pairs: list[tuple[Part, PyTree]] = []
+        parts = jax.tree.unflatten(self._structure, self.layout.parts)
         try:
             jax.tree.map(lambda part, leaf: pairs.append((part, leaf)), parts, tree)
         except ValueError as error:
@@ -272,7 +203,7 @@ class TableStack:
         """Why a tree is not like the one of this stack."""
         leaves = jax.tree.leaves_with_path(tree, is_leaf=lambda leaf: leaf is None)
         given = dict.fromkeys(keystr(path) for path, _ in leaves)
-        ours = dict.fromkeys(part.name for part in self._parts)
+        ours = dict.fromkeys(part.name for part in self.layout.parts)
         missing, others = (
             [what + name for name in some if name not in than]
             for some, than in ((ours, given), (given, ours))
@@ -283,17 +214,10 @@ class TableStack:
             return f"the stack has no {', '.join(others)}"
         return f"it is {jax.tree.structure(tree)} and not {self._structure}"
 
-    def _in_shards(self, part: _Part, table: jax.Array) -> jax.Array:
-        """A table of shape (shards, rows in each of them, ...)."""
-        missing = self._shards * part.per_shard - part.num_rows
-        if missing:
-            table = jnp.pad(table, [(0, missing)] + [(0, 0)] * (table.ndim - 1))
-        return table.reshape(self._shards, part.per_shard, *table.shape[1:])
-
     def _joined(self, key: str, tables: list[jax.Array]) -> jax.Array:
         kinds = {(str(table.dtype), table.shape[2:]) for table in tables}
         if len(kinds) > 1:
-            names = [part.name for part in self._parts if part.key == key]
+            names = [part.name for part in self.layout.parts if part.key == key]
             raise ValueError(
                 f"The arrays for tables{', tables'.join(names)} must have rows of one "
                 f"dtype and shape, but they have {sorted(kinds)}."
@@ -301,16 +225,8 @@ class TableStack:
         joined = jnp.concatenate(tables, axis=1)
         return joined.reshape(-1, *joined.shape[2:])
 
-    def _table(self, part: _Part, array: jax.Array) -> jax.Array:
-        if self._shards == 1:
-            return array[part.first : part.first + part.num_rows]
-        row_shape = np.shape(array)[1:]
-        shards = array.reshape(self._shards, -1, *row_shape)
-        table = shards[:, part.first : part.first + part.per_shard]
-        return table.reshape(-1, *row_shape)[: part.num_rows]
-
     def _concatenated(
-        self, what: str, tree: PyTree, flat: Callable[[_Part, ArrayLike], jax.Array]
+        self, what: str, tree: PyTree, flat: Callable[[Part, ArrayLike], jax.Array]
     ) -> dict[str, PyTree]:
         found: dict[str, list[jax.Array]] = {key: [] for key in self.shapes}
         for part, leaf in self._leaves(what, tree):
@@ -321,12 +237,12 @@ class TableStack:
             for key, arrays in found.items()
         }
 
-    def _row_ids(self, part: _Part, ids: ArrayLike) -> jax.Array:
+    def _row_ids(self, part: Part, ids: ArrayLike) -> jax.Array:
         ids = int32_ids(ids).reshape(-1)
         inside = (ids >= 0) & (ids < part.num_rows)
-        return jnp.where(inside, self._positions(part, ids), -1)
+        return jnp.where(inside, self.layout.positions(part, ids), -1)
 
-    def _rows(self, part: _Part, rows: ArrayLike) -> jax.Array:
+    def _rows(self, part: Part, rows: ArrayLike) -> jax.Array:
         row_shape = self.shapes[part.key].shape[1:]
         if np.shape(rows)[-len(row_shape) :] != row_shape:
             raise ValueError(
@@ -337,4 +253,4 @@ class TableStack:
 
     def __repr__(self) -> str:
         arrays = ", ".join(f"{key}: {each.shape}" for key, each in self.shapes.items())
-        return f"TableStack({len(self._parts)} tables in {{{arrays}}})"
+        return f"TableStack({len(self.layout.parts)} tables in {{{arrays}}})"

@@ -13,7 +13,8 @@ from monolith_optax._rows.slices.duplicates import (
     one_position,
     sum_rows,
 )
-from monolith_optax._rows.slices.row_slices import RowSlices, is_slices, row_axes
+from monolith_optax._rows.slices.row_access import row_axes
+from monolith_optax._rows.slices.row_slices import RowSlices, is_slices
 from monolith_optax._rows.types import KeyPath, PyTree
 from monolith_optax._shardings import replicated
 
@@ -64,7 +65,10 @@ def apply_updates(params: Params, updates: PyTree) -> Params:
                 "floating-point array can be updated. Make its update None."
             )
         if is_slices(update):
-            given = (*(row_axes(shape, update) or shape[:1]), *update.row_shape)
+            given = (
+                *(row_axes(shape, update.row_shape) or shape[:1]),
+                *update.row_shape,
+            )
         else:
             given = np.shape(update)
         if given != shape:

@@ -125,7 +125,7 @@ def restack(
       >>> print(new.unpack(params["tables"])["item"][:, 0])
       [1. 1. 0.]
     """
-    before, after = old.moves_to(new)
+    before, after = old.layout.moves_to(new.layout)
 
     def is_stack(node: PyTree) -> bool:
         return isinstance(node, dict) and node.keys() == old.shapes.keys()

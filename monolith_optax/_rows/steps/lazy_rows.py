@@ -13,14 +13,18 @@ from jax.tree_util import PyTreeDef, keystr
 from monolith_optax._rows.programs.jaxprs import Program, trace
 from monolith_optax._rows.programs.known_constants import ZERO
 from monolith_optax._rows.programs.row_values import (
-    MixesRowsError,
     Rows,
     Value,
     Whole,
 )
 from monolith_optax._rows.programs.run_on_rows import Runner
-from monolith_optax._rows.slices.row_access import touched
-from monolith_optax._rows.slices.row_slices import RowSlices, is_slices, row_axes
+from monolith_optax._rows.slices.row_access import row_axes, touched
+from monolith_optax._rows.slices.row_slices import RowSlices, is_slices
+from monolith_optax._rows.steps.check_step import (
+    check_extra_args,
+    check_results,
+    check_slices,
+)
 from monolith_optax._rows.steps.find_slots import slots_of_program, unchanged_slots
 from monolith_optax._rows.steps.state_leaves import (
     Leaf,
@@ -106,8 +110,8 @@ def lazy_rows(
         leaves = jax.tree.leaves(updates, is_leaf=is_slices)
         if any(map(is_slices, leaves)):
             check_kind(state)
-            _check_slices(updates, params)
-            _check_extra_args(extra_args)
+            check_slices(updates, params)
+            check_extra_args(extra_args)
             only_arrays = all(map(_is_array, jax.tree.leaves(extra_args)))
             step = jitted if only_arrays else functools.partial(_step, inner)
         elif any(np.ndim(leaf) > 1 for leaf in leaves):
@@ -179,7 +183,7 @@ def _step(
         raise
     if jax.tree.structure(shapes[1]) != slots_structure:
         check_structure(inner, params, state)
-    _check_results(shapes, (updates, state), [*weights, *slots])
+    check_results(shapes, (updates, state), [*weights, *slots])
     found = slots_of_program(program, weights, slots)
     if found != slots:
         slots = found
@@ -214,7 +218,7 @@ def _gradients_and_weights(
         if not is_slices(gradient):
             gradients.append(Whole(gradient))
             continue
-        axes = row_axes(np.shape(weights[i].array), gradient) or ()
+        axes = row_axes(np.shape(weights[i].array), gradient.row_shape) or ()
         table, rows = touched(
             *(weights[i].name, weights[i].array, axes),
             *(gradient.ids, gradient.rows, gradient.placement),
@@ -263,44 +267,3 @@ def _update(value: Value, weight: Leaf) -> jax.Array | RowSlices:
     # -1 is padding also where nobody knows how many rows there are, as in norms.
     ids = jnp.where(table.valid, table.ids, -1)
     return RowSlices.placed(ids, weight.rows(value), table.placement)
-
-
-def _check_results(shapes: PyTree, given: PyTree, leaves: list[Leaf]) -> None:
-    structure: PyTreeDef = jax.tree.structure(given, is_leaf=is_slices)
-    if jax.tree.structure(shapes) != structure:
-        raise MixesRowsError("updates or state change their structure")
-    for leaf, after in zip(leaves, jax.tree.leaves(shapes), strict=True):
-        if np.shape(leaf.array) != after.shape and (leaf.table or not leaf.is_told):
-            raise MixesRowsError(
-                f"what is {np.shape(leaf.array)} for {leaf.name} becomes {after.shape}"
-            )
-
-
-def _check_extra_args(extra_args: dict[str, PyTree]) -> None:
-    for name, value in extra_args.items():
-        if any(map(is_slices, jax.tree.leaves(value, is_leaf=is_slices))):
-            raise MixesRowsError(f"the extra argument {name} holds RowSlices")
-
-
-def _check_slices(updates: optax.Updates, params: optax.Params | None) -> None:
-    if params is None:
-        raise ValueError(
-            "lazy_rows needs the current parameters, but params is None: call "
-            "update(gradients, state, params)."
-        )
-    given: PyTreeDef = jax.tree.structure(updates, is_leaf=is_slices)
-    if given != jax.tree.structure(params):
-        raise ValueError(
-            f"The gradients have the structure {given}, but the parameters "
-            f"{jax.tree.structure(params)}."
-        )
-    for (path, slices), table in zip(
-        jax.tree.leaves_with_path(updates, is_leaf=is_slices),
-        jax.tree.leaves(params),
-        strict=True,
-    ):
-        if is_slices(slices) and row_axes(np.shape(table), slices) is None:
-            raise ValueError(
-                f"gradients{keystr(path)} has rows of shape {slices.row_shape}, but "
-                f"its parameter has the shape {np.shape(table)}."
-            )

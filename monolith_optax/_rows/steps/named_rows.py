@@ -11,7 +11,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from monolith_optax._leaves import describe, dtype_of
 from monolith_optax._rows.slices.duplicates import LAST_ID, distinct_ids
-from monolith_optax._rows.slices.opaque_ids import int32_ids
+from monolith_optax._rows.slices.parts import int32_ids
 from monolith_optax._rows.slices.row_access import Table, flattened
 from monolith_optax._rows.types import PyTree, Shape
 from monolith_optax._shardings import replicated

@@ -8,10 +8,10 @@ import optax
 from jax.tree_util import keystr
 
 from monolith_optax._leaves import dtype_of
-from monolith_optax._rows.programs.jaxprs import Program, inlined, needed, trace
+from monolith_optax._rows.programs.dependencies import needed
+from monolith_optax._rows.programs.jaxprs import Program, inlined, trace
 from monolith_optax._rows.programs.row_values import MixesRowsError, Rows, Value
 from monolith_optax._rows.programs.run_on_rows import Runner
-from monolith_optax._rows.slices.row_access import Table
 from monolith_optax._rows.steps.named_rows import (
     NamedRows,
     broadcast,
@@ -21,7 +21,8 @@ from monolith_optax._rows.steps.named_rows import (
 )
 from monolith_optax._rows.steps.read_rows import written
 from monolith_optax._rows.steps.slot_owners import slot_owners
-from monolith_optax._rows.types import KeyPath, PyTree
+from monolith_optax._rows.steps.state_leaves import Leaf
+from monolith_optax._rows.types import PyTree
 
 Params = TypeVar("Params")
 State = TypeVar("State")
@@ -107,52 +108,37 @@ def _initial_slots(
     new: list[PyTree],
 ) -> PyTree:
     """A tree like the state, of what slots begin with in these rows, and of None."""
-    leaves, structure = jax.tree.flatten(params, is_leaf=is_none)
-    given = [i for i, leaf in enumerate(leaves) if leaf is not None]
+    weights = jax.tree.leaves(params, is_leaf=is_none)
+    given = [i for i, leaf in enumerate(weights) if leaf is not None]
+    structure = jax.tree.structure(params)
 
     def init(weights: list[jax.Array]) -> optax.OptState:
-        filled = dict(zip(given, weights, strict=True))
-        every = [filled.get(i) for i in range(len(leaves))]
-        return tx.init(jax.tree.unflatten(structure, every))
+        return tx.init(jax.tree.unflatten(structure, weights))
 
-    every_leaf = jax.tree.leaves(state, is_leaf=is_none)
-    owners = [
-        owner
-        for owner, leaf in zip(owners, every_leaf, strict=True)
+    program = inlined(trace(init, [jax.typeof(weights[i]) for i in given])[0])
+    tables = {rows.name: rows.table for rows in named.values()}
+    slots = [
+        Leaf(leaf, f"state{keystr(path)}", owner and tables[owner.name])
+        for (path, leaf), owner in zip(
+            jax.tree.leaves_with_path(state, is_leaf=is_none), owners, strict=True
+        )
         if leaf is not None
     ]
-    program = inlined(trace(init, [jax.typeof(leaves[i]) for i in given])[0])
-    _refuse_noise(program, owners)
-    tables = {rows.name: rows.table for rows in named.values()}
+    _refuse_noise(program, slots)
     runner = Runner(list(tables.values()))
     operands: list[Value] = [
-        Rows(new[i], tables[named[i].name]) if i in named else runner.whole(leaves[i])
+        Rows(new[i], tables[named[i].name]) if i in named else runner.whole(weights[i])
         for i in given
     ]
-    slots = [
-        None if owner is None else _rows_of(value, tables[owner.name], path)
-        for (path, _), owner, value in zip(
-            jax.tree.leaves_with_path(state),
-            owners,
-            runner.run(program, operands),
-            strict=True,
-        )
-    ]
-    return jax.tree.unflatten(jax.tree.structure(state), slots)
+    results = zip(slots, runner.run(program, operands), strict=True)
+    rows = [slot.rows(value) if slot.table else None for slot, value in results]
+    return jax.tree.unflatten(jax.tree.structure(state), rows)
 
 
-def _rows_of(value: Value, table: Table, path: KeyPath) -> jax.Array:
-    if isinstance(value, Rows) and value.table is not table:
-        raise MixesRowsError(
-            f"state{keystr(path)} depends on rows of {value.table.name}"
-        )
-    return value.at(table)
-
-
-def _refuse_noise(program: Program, owners: list[NamedRows | None]) -> None:
+def _refuse_noise(program: Program, slots: list[Leaf]) -> None:
     """A key gives other numbers for some rows than for the whole table."""
-    for result, owner in zip(program.jaxpr.outvars, owners, strict=True):
-        wanted = needed(program, [result], ()) if owner else set()
+    for result, slot in zip(program.jaxpr.outvars, slots, strict=True):
+        wanted = needed(program, [result], ()) if slot.table else set()
         for equation in program.jaxpr.eqns:
             if equation.primitive.name in _NOISE and wanted & {*equation.outvars}:
                 raise MixesRowsError("draws random numbers for slots", equation)

@@ -1,4 +1,8 @@
-"""Exchange of ids and rows between devices, and the ring for what does not fit."""
+"""Exchange of ids and rows between devices, and the ring for what does not fit.
+
+On its own, as buffers and routes show in no result. `test_spread_tables.py` has the
+law.
+"""
 
 import functools
 

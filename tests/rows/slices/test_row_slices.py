@@ -11,6 +11,8 @@ import optax
 import pytest
 
 from monolith_optax import RowSlices, adamom, lazy_rows, value_and_row_grad
+
+# The searches of other devices, which nothing public runs on this one.
 from monolith_optax._rows.slices.duplicates import (
     _by_hashing,
     _by_pairs,

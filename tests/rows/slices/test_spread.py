@@ -1,4 +1,8 @@
-"""Slices of tables whose rows are spread over devices, in every operation on them."""
+"""Slices of tables whose rows are spread over devices, in every operation on them.
+
+They are made as `value_and_row_grad` makes them, but of gradients that a test gives,
+and without a loss to trace.
+"""
 
 import functools
 import itertools
@@ -43,7 +47,6 @@ def mesh_of(kind):
 
 
 def slices_of(spread, table, ids, gradients):
-    """As value_and_row_grad makes them."""
     _, route = look_up(spread, table, [ids])
     return RowSlices.placed(*send(spread, route, [ids], [gradients]))
 
