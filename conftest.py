@@ -5,7 +5,6 @@ import random
 import signal
 from contextlib import ExitStack
 from importlib.util import find_spec
-from tempfile import TemporaryDirectory
 
 import jax
 import pytest
@@ -69,26 +68,9 @@ def compile_quickly():
     jax.config.update("jax_disable_most_optimizations", True)
 
 
-def compile_once(config):
-    """All processes of a run share a folder of compiled programs, empty at its start.
-
-    XLA takes most of the tests' time, also for every operation outside `jax.jit`, and
-    all processes need the same ones.
-    """
-    if hasattr(config, "workerinput"):
-        return  # inherited
-    folder = TemporaryDirectory(ignore_cleanup_errors=True)
-    config.add_cleanup(folder.cleanup)
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = folder.name
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-    jax.config.update("jax_compilation_cache_dir", folder.name)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-
-
 @pytest.hookimpl(tryfirst=True)  # Hypothesis reads the seed in the same hook
 def pytest_configure(config):
     option = config.option
-    compile_once(config)
     if option.markexpr == "not slow" and not option.optimize:
         compile_quickly()
     if option.hypothesis_profile == "explore" and option.hypothesis_seed is None:
