@@ -50,7 +50,6 @@ from monolith_optax import (
     bag_lookup,
     lazy_rows,
     value_and_row_grad,
-    with_row_lookups,
 )
 
 # Where testing begins among the ratings of a user, in order of time.
@@ -224,15 +223,14 @@ def batches(data: Data, size: int, seed: int, start: int) -> Iterator[np.ndarray
 
 
 def make_score(
-    stack: TableStack, data: Data, size: int, tables: Any
+    stack: TableStack, data: Data, size: int
 ) -> Callable[[Params], tuple[float, np.ndarray]]:
     """A function from params to the AUC on the test ratings, and the log odds there."""
 
-    def predicted(params: Params, features: Features) -> jax.Array:
+    @jax.jit
+    def logits(params: Params, features: Features) -> jax.Array:
         return predict(stack.unpack(params["stacks"]), params["mlp"], features)
 
-    # Rows come from the devices that own them, as in a step.
-    logits = jax.jit(with_row_lookups(predicted, {"stacks": tables, "mlp": False}))
     test = np.flatnonzero(data.is_test)
     padded = np.pad(test, (0, -len(test) % size), mode="edge").reshape(-1, size)
     parts = [data.batch(part)[0] for part in padded]
@@ -279,8 +277,7 @@ def train(
             curve = [(int(n), float(auc)) for n, auc in tree["curve"] if auc]
             print(f"Continuing after step {done} of {args.checkpoint}.")
     spread = True if mesh is None else PartitionSpec("x")
-    step = make_step(stack, tx, spread)
-    score = make_score(stack, data, args.batch_size, spread)
+    step, score = make_step(stack, tx, spread), make_score(stack, data, args.batch_size)
     stream = batches(data, args.batch_size, args.seed, done)
     ends = np.linspace(0, args.steps, min(args.steps, POINTS - 1) + 1).astype(int)[1:]
     with tqdm(total=args.steps, initial=done, unit=" steps", desc="training") as bar:
