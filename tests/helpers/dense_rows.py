@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from op_by_op import op_by_op
 
 from monolith_optax import RowSlices, lazy_rows
 
@@ -72,11 +73,15 @@ def put_back(new, old, touched, has_rows=None):
     return jax.tree_util.tree_map_with_path(leaf, new, old)
 
 
-def dense_step(inner, gradients, state, params, **extra):
+def by_operations(tx, **extra):
+    """The optimizer's update, of which XLA compiles nothing as a whole."""
+    update = optax.with_extra_args_support(tx).update
+    return op_by_op(lambda *args: update(*args, **extra))
+
+
+def dense_step(update, gradients, state, params):
     """Updates and state of the dense step, where the table has a batch's rows."""
-    updates, new_state = optax.with_extra_args_support(inner).update(
-        densely(gradients), state, params, **extra
-    )
+    updates, new_state = update(densely(gradients), state, params)
     rows = touched(gradients)
     zeros = jax.tree.map(np.zeros_like, updates)
     return put_back(updates, zeros, rows), put_back(new_state, state, rows)
@@ -94,16 +99,18 @@ def stateless(rule):
 def assert_lazy_is_dense(inner, *, scale=1.0, dtype="float64", rtol=1e-11, **extra):
     """Takes a few steps both ways; call it with 64 bits enabled."""
     lazy = lazy_rows(inner)
+    update = by_operations(lazy, **extra)
+    dense_update = by_operations(inner, **extra)
     ours = parameters(dtype)
     dense = jax.tree.map(lambda x: x.astype("float64"), ours)
     state, dense_state = lazy.init(ours), inner.init(dense)
     for gradients in batches(scale, dtype):
-        updates, new_state = lazy.update(gradients, state, ours, **extra)
+        updates, new_state = update(gradients, state, ours)
         jax.tree.map(assert_same_type, new_state, state)
         assert updates["table"].rows.shape == (4, DIM)
         state, ours = new_state, optax.apply_updates(ours, updates)
         dense_updates, dense_state = dense_step(
-            inner, gradients, dense_state, dense, **extra
+            dense_update, gradients, dense_state, dense
         )
         dense = optax.apply_updates(dense, dense_updates)
     for actual, expected in zip(

@@ -120,7 +120,9 @@ def test_zero_nans():
     gradients = {"table": slices, "dense": jnp.ones(2)}
     tx = lazy_rows(inner)
     updates, state = tx.update(gradients, tx.init(params), params)
-    expected, expected_state = dense_step(inner, gradients, inner.init(params), params)
+    expected, expected_state = dense_step(
+        inner.update, gradients, inner.init(params), params
+    )
     np.testing.assert_array_equal(
         updates["table"].to_dense(NUM_ROWS), expected["table"]
     )

@@ -12,6 +12,7 @@ from choosing import sampled
 from dense_rows import densely
 from hypothesis import given
 from hypothesis import strategies as st
+from op_by_op import op_by_op
 
 from monolith_optax import (
     RowSlices,
@@ -69,7 +70,7 @@ def to_dense(gradients):
 
 
 def run(tx, params, batches):
-    step = jax.jit(
+    step = op_by_op(
         lambda g, s, p: (lambda u, s: (optax.apply_updates(p, u), s))(
             *tx.update(g, s, p)
         )

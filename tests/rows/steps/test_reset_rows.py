@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from choosing import sampled
 from dense_rows import DIM, NUM_ROWS
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from op_by_op import op_by_op
 from registry import VARIANTS
 
 from monolith_optax import (
@@ -68,11 +70,11 @@ def parameters():
     }
 
 
-def trained(tx, params):
+def trained(tx, params, by=op_by_op):
     """Params and state whose slots are not those of the beginning."""
-    state = tx.init(params)
+    state, update = tx.init(params), by(tx.update)
     for _ in range(2):
-        updates, state = tx.update(jax.tree.map(jnp.ones_like, params), state, params)
+        updates, state = update(jax.tree.map(jnp.ones_like, params), state, params)
         params = optax.apply_updates(params, updates)
     return params, state
 
@@ -90,7 +92,7 @@ def assert_reset(tx):
     table = np.array(params["table"])
     table[[40, 3, 0, 7]] = start[[0, 1, 4, 6]]
     expected = params | {"table": jnp.asarray(table)}
-    reset = jax.jit(functools.partial(reset_rows, tx))
+    reset = op_by_op(functools.partial(reset_rows, tx))
     actual = reset(
         params,
         state,
@@ -114,7 +116,7 @@ def test_every_optimizer(name):
 
 
 @pytest.mark.parametrize("wrapping", WRAPPED)
-@pytest.mark.parametrize("name", ["adam", "group_adagrad"])
+@pytest.mark.parametrize("name", sampled(["adam", "group_adagrad"], "group_adagrad"))
 def test_every_wrapping(wrapping, name):
     assert_reset(WRAPPED[wrapping](VARIANTS[name].make()))
 
@@ -167,14 +169,16 @@ def test_nothing_as_large_as_the_table_is_copied():
     check_in_place(reset, table, tx.init(table), rows, start)
 
 
-@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize(
+    "axis_type", sampled([AxisType.Auto, AxisType.Explicit], AxisType.Explicit)
+)
 def test_a_sharded_table_keeps_its_sharding(axis_type):
     mesh = jax.make_mesh((8,), ("x",), axis_types=(axis_type,))
     place = NamedSharding(mesh, PartitionSpec("x"))
     tx = lazy_rows(embedding.adam(0.1))
     with jax.set_mesh(mesh):
         table = jax.device_put(jnp.ones((16, 2)), place)
-        table, state = trained(tx, table)
+        table, state = trained(tx, table, by=jax.jit)
         new, slots = jax.jit(functools.partial(reset_rows, tx))(
             table, state, jnp.array([3, -1, 15]), 0.0
         )
