@@ -4,6 +4,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+from op_by_op import op_by_op
 
 from monolith_optax import RowSlices, value_and_row_grad
 
@@ -45,21 +46,20 @@ def check(
     *args,
     rows,
     tables=None,
-    jit=True,
+    by=op_by_op,
     has_aux=False,
     rtol=1e-10,
     small=False,
 ):
     """Compares with the dense gradient.
 
-    `rows` are the paths of the leaves whose gradients are rows. `small` says that the
-    compiled program must need less memory than a table has.
+    `rows` are the paths of the leaves whose gradients are rows. `by` runs both: the
+    traced program op by op, or `jax.jit` on a mesh, or JAX itself outside of a trace.
+    `small` says that the compiled program must need less memory than a table has.
     """
     grad = value_and_row_grad(loss, tables, has_aux=has_aux)
-    dense_grad = jax.value_and_grad(loss, has_aux=has_aux)
-    if jit:
-        grad = jax.jit(grad).lower(params, *args).compile()
-        dense_grad = jax.jit(dense_grad)
+    dense_grad = by(jax.value_and_grad(loss, has_aux=has_aux))
+    grad = jax.jit(grad).lower(params, *args).compile() if small else by(grad)
     value, gradients = grad(params, *args)
     actual = value, densified(gradients, params)
     expected = dense_grad(params, *args)

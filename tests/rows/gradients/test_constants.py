@@ -62,7 +62,7 @@ def head(found):
     return jnp.sum(jnp.nan_to_num(jnp.sin(found) * weights))
 
 
-SAMPLE = "slice", "stride", "backwards", "split", "shards", "image", "its own row"
+SAMPLE = "backwards", "split", "shards", "image", "its own row"
 
 
 @pytest.mark.parametrize("name", sampled(PARTS, *SAMPLE))
@@ -210,7 +210,7 @@ def test_a_device_has_the_parts_of_all_tables(params):
         return head(params["t"][20:30][ids]) + head(params["t"][40:42])
 
     params = jax.device_put(params, whole)
-    check(loss, params, jax.device_put(IDS, whole), rows={"t"})
+    check(loss, params, jax.device_put(IDS, whole), rows={"t"}, by=jax.jit)
 
 
 def test_more_slices_than_python_has_stack():

@@ -94,7 +94,7 @@ def test_numpy_arguments_reach_the_loss_as_they_are(params):
         return head(params["t"][ids.astype(np.int32)])
 
     ids = np.array([2**40, 3, 3], np.uint64)
-    check(loss, params, ids, {"user": "a"}, rows={"t"}, jit=False)
+    check(loss, params, ids, {"user": "a"}, rows={"t"}, by=lambda f: f)
 
 
 def test_very_many_operations_in_a_row(params):
@@ -104,7 +104,7 @@ def test_very_many_operations_in_a_row(params):
             table = table * 1.001
         return head(table[ids])
 
-    check(loss, params, IDS, rows={"t"}, jit=False)
+    check(loss, params, IDS, rows={"t"}, by=lambda f: f)
 
 
 def test_an_image_as_auxiliary_output_is_made_once(params):

@@ -16,6 +16,7 @@ from jax import lax
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from law import densified
+from op_by_op import op_by_op
 
 from monolith_optax import (
     TableStack,
@@ -109,7 +110,7 @@ def check(loss, kind, mesh_name="auto", argument=None):
     params = jax.tree.map(jnp.asarray, parameters())
     bags, expected_fit = batches()[kind]
     bags = bags.astype("int32")
-    expected = jax.value_and_grad(loss)(params, jnp.asarray(bags))
+    expected = op_by_op(jax.value_and_grad(loss))(params, jnp.asarray(bags))
     mesh, tables, placed, ids = on_mesh(mesh_name, params, bags)
     with jax.set_mesh(mesh):
         grad = jax.jit(value_and_row_grad(loss, argument or tables))
@@ -284,7 +285,7 @@ CONSTRUCTS = [
 @pytest.mark.parametrize("kind", sampled(["out_of_range", "one_owner"], "one_owner"))
 @pytest.mark.parametrize(
     "inside",
-    sampled(CONSTRUCTS, in_scan, in_cond, by_rows_that_were_looked_up, normalised),
+    sampled(CONSTRUCTS, in_scan, by_rows_that_were_looked_up),
 )
 def test_constructs(inside, kind):
     check(inside, kind)
@@ -341,7 +342,6 @@ def steps(tx, tables, on):
     sampled(
         itertools.product(OPTIMIZERS, ["two", "four", "auto", "explicit", "replicas"]),
         ("rowwise_adagrad", "auto"),
-        ("adam", "auto"),
     ),
 )
 def test_steps_are_those_of_one_device(name, mesh):
@@ -468,7 +468,7 @@ def test_rows_that_cannot_be_divided():
         jax.jit(value_and_row_grad(loss, tables))(params, ids)
 
 
-@pytest.mark.parametrize("none", [P(), None, True])
+@pytest.mark.parametrize("none", sampled([P(), None, True], None))
 def test_replicated_rows_beside_spread_ones(none):
     gradients = check(loss, "even", argument={**NONE, "items": P("x"), "users": none})
     assert gradients["users"].placement is None
@@ -621,15 +621,25 @@ def test_transformations_around_the_gradient():
         np.testing.assert_allclose(actual, wanted, rtol=1e-10, atol=1e-14, err_msg=name)
 
 
-def test_a_second_derivative_is_refused():
+def squares():
     _, tables, params, ids = on_mesh("auto", parameters(), batches()["even"][0])
 
-    def squares(params):
+    def of_rows(params):
         _, gradients = value_and_row_grad(loss, tables)(params, ids)
         return (gradients["items"].rows ** 2).sum()
 
+    return of_rows, params
+
+
+def test_a_second_derivative_is_refused():
+    function, params = squares()
     with pytest.raises(ValueError, match="as for a second derivative"):
-        jax.jit(jax.grad(squares))(params)
-    value, change = jax.jvp(squares, (params,), (params,))
+        jax.jit(jax.grad(function))(params)
+
+
+@pytest.mark.slow
+def test_a_second_derivative_forwards():
+    function, params = squares()
+    value, change = jax.jvp(function, (params,), (params,))
     assert np.isfinite(value)
     assert np.isfinite(change)
