@@ -55,6 +55,7 @@ def trained(value_and_grad, tx, *, jit, has_aux=False):
     return values, nnx.to_pure_dict(nnx.state(model, nnx.Not(nnx.RngKey)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("jit", "has_aux"),
     sampled(itertools.product([False, True], [False, True]), (True, True)),

@@ -122,6 +122,7 @@ def off(actual, expected):
     return max(float(np.max(np.abs(a - b))) for a, b in pairs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dense", sampled([False, True], False))
 def test_a_scalar_c_is_on_every_device(dense):
     worker.train("compact_c", dense, jax.devices())

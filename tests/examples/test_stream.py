@@ -85,6 +85,7 @@ def test_a_run_that_continues_has_the_same_bits(trained, tmp_path):
         train(9, checkpoint=tmp_path / "parts")
 
 
+@pytest.mark.slow
 def test_tables_that_grow_are_as_tables_that_were_large(trained):
     data, train = trained
     grown, large = train(10), train(10, first_rows=32)

@@ -241,6 +241,7 @@ def test_eight_devices_are_as_one(axis_type, spec):
     np.testing.assert_allclose(params, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_warm_up_of_0_steps_and_gradients_of_0():
     tx = shampoo(0.1, warmup=0, tau_1=1, tau_2=1)
     zeros = jax.tree.map(jnp.zeros_like, PARAMS)

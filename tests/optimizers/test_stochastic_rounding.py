@@ -174,6 +174,7 @@ def test_rows_of_a_batch_are_right_on_average_and_no_others_move():
     assert not np.array_equal(new[3], new[7])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="the pass is that of CPUs")
 def test_with_a_compiler_option_no_step_widens_a_bfloat16_table():
     """JAX 0.12 needs no option; what is computed is the same to the bit."""

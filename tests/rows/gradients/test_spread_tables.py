@@ -122,11 +122,12 @@ def check(loss, kind, mesh_name="auto", argument=None):
     return gradients
 
 
-@pytest.mark.parametrize("kind", sampled(batches(), "even", "one_owner", "repeated"))
+@pytest.mark.parametrize("kind", sampled(batches(), "even", "one_owner"))
 def test_value_and_gradients(kind):
     check(loss, kind)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["even", "one_owner"])
 @pytest.mark.parametrize(
     "mesh", sampled(["replicas", "explicit", "two", "four", "both axes"], "replicas")
@@ -282,6 +283,7 @@ CONSTRUCTS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", sampled(["out_of_range", "one_owner"], "one_owner"))
 @pytest.mark.parametrize(
     "inside",
@@ -291,6 +293,7 @@ def test_constructs(inside, kind):
     check(inside, kind)
 
 
+@pytest.mark.slow
 def test_lookups_share_one_exchange():
     """Four lookups in two tables, of which only the last needs rows."""
     _, tables, params, ids = on_mesh(
@@ -474,6 +477,7 @@ def test_replicated_rows_beside_spread_ones(none):
     assert gradients["users"].placement is None
 
 
+@pytest.mark.slow
 def test_a_table_that_is_not_used_has_a_gradient_of_no_rows():
     _, tables, params, ids = on_mesh("auto", parameters(), batches()["even"][0])
     grad = value_and_row_grad(lambda p, ids: p["users"][ids].sum(), tables)
@@ -501,6 +505,7 @@ def stacked(kind):
     return loss, spec, (stacks, bags), placed, fit
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind", sampled(["even", "negative", "out_of_range"], "negative")
 )
@@ -631,6 +636,7 @@ def squares():
     return of_rows, params
 
 
+@pytest.mark.slow
 def test_a_second_derivative_is_refused():
     function, params = squares()
     with pytest.raises(ValueError, match="as for a second derivative"):

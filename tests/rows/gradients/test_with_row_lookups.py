@@ -94,6 +94,7 @@ def test_without_spread_tables_it_is_the_function():
     chex.assert_trees_all_equal(plain, {k: expected[k] for k in plain})
 
 
+@pytest.mark.slow
 def test_tables_of_a_stack():
     rng = np.random.default_rng(2)
     sizes = {"a": 1000, "b": 1008, "c": 40}

@@ -64,6 +64,7 @@ DIFFERENTIABLE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sampled(DIFFERENTIABLE, "rules"))
 def test_derivatives_through_a_step(name):
     """As in hypergradients, with respect to rate, rows and parameters."""

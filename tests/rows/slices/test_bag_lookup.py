@@ -47,7 +47,7 @@ def ones(lists):
 
 
 @pytest.mark.parametrize("row_shape", [(4,), (), (2, 3)])
-@pytest.mark.parametrize("combiner", COMBINERS)
+@pytest.mark.parametrize("combiner", sampled(COMBINERS, "sqrtn", "max"))
 def test_bags(combiner, row_shape):
     with jax.enable_x64(True):
         table = a_table(row_shape)
@@ -63,7 +63,7 @@ def test_bags(combiner, row_shape):
             np.testing.assert_allclose(actual, expected, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("combiner", sampled(COMBINERS, "mean", "max"))
+@pytest.mark.parametrize("combiner", sampled(COMBINERS, "mean"))
 def test_offsets_segments_and_padded_ids_are_the_same(combiner):
     table = jnp.asarray(a_table(dtype=np.float32))
     bags = Bags.from_lists(LISTS)
@@ -86,7 +86,7 @@ def test_offsets_segments_and_padded_ids_are_the_same(combiner):
     )
 
 
-@pytest.mark.parametrize("combiner", sampled(COMBINERS, "mean", "max"))
+@pytest.mark.parametrize("combiner", sampled(COMBINERS, "mean"))
 def test_gradients_are_jaxs_and_of_rows(combiner):
     with jax.enable_x64(True):
         params = {"table": jnp.asarray(a_table()), "dense": jnp.ones(4)}

@@ -127,6 +127,7 @@ def test_rows_and_slices_are_those_of_one_device(kind, name):
     np.testing.assert_allclose(copy.to_dense(NUM_ROWS), total, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "name"), ALL)
 def test_steps_are_those_of_one_device(kind, name):
     tx = lazy_rows(optax.chain(optax.clip_by_global_norm(0.5), adamom(0.1)))
@@ -161,6 +162,7 @@ def test_steps_are_those_of_one_device(kind, name):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sampled(BATCHES, "fits"))
 def test_stacked_batches(name):
     """As a scan over micro-batches gives them."""
@@ -184,6 +186,7 @@ def test_stacked_batches(name):
     np.testing.assert_allclose(twice.to_dense(NUM_ROWS), 2 * expected, rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_narrow_rows_are_rounded_once():
     """By each device, 256 and 1 would be 256, and 1 more nothing."""
     spread, (table, *_), _ = placed("auto", "fits")

@@ -155,6 +155,7 @@ def noisy_updates(seed, gradients, num_rows=100_000):
     return updates.rows, again.rows
 
 
+@pytest.mark.slow
 def test_noise_is_drawn_for_the_rows_of_the_batch():
     slices = RowSlices(jnp.arange(4000), jnp.full((4000, DIM), 5.0))
     rows, again = noisy_updates(1, slices)

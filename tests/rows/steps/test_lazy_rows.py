@@ -368,6 +368,7 @@ def test_it_is_traced_where_transfers_are_forbidden():
     np.testing.assert_array_equal(updates.ids, [-1, 1])
 
 
+@pytest.mark.slow
 def test_a_step_is_exported_for_batches_of_any_size():
     tx = lazy_rows(optax.chain(optax.clip_by_global_norm(1.0), adamom(0.1)))
     params = {"table": jnp.arange(150.0).reshape(50, 3), "kernel": jnp.ones(3)}

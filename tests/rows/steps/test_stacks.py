@@ -198,6 +198,7 @@ def test_noise_is_drawn_for_the_rows_of_a_stack():
     assert len(np.unique(rows)) > 3990
 
 
+@pytest.mark.slow
 def test_a_stack_beside_a_table_with_a_row_for_each_of_its_tables():
     """The numbers of the table's entries and of the stack's rows are the same."""
     before = {"t": normal(3, 5, 2), "u": normal(3, 5, seed=1)}
