@@ -63,6 +63,7 @@ def compile_quickly():
     """Here and in processes that tests start, without optimizing machine code.
 
     Most of the tests' time is LLVM's, which has more to do with XLA's newer emitters.
+    What is about what these copy is marked `as_users_compile`.
     """
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
     jax.config.update("jax_disable_most_optimizations", True)
@@ -101,6 +102,7 @@ collect_ignore_glob = ["docs/*.py"]
 
 def prepare_document(namespace):
     namespace["find_spec"] = find_spec  # to skip by
+    namespace["COMPILED_QUICKLY"] = "JAX_DISABLE_MOST_OPTIMIZATIONS" in os.environ
     namespace["CONSOLE_FOLDER"] = folder_with_checkpoints()
     namespace["CHECKED"] = ExitStack()
     namespace["CHECKED"].enter_context(steps_are_checked())
