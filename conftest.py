@@ -60,23 +60,29 @@ def pytest_collection_modifyitems(config, items):
 
 
 def compile_quickly():
-    """Here and in processes that tests start, without optimizing machine code.
+    """Without optimizing machine code, which takes most of the tests' time.
 
-    Most of the tests' time is LLVM's, which has more to do with XLA's newer emitters.
-    What is about what these copy is marked `as_users_compile`.
+    XLA's older emitters give LLVM less to do, but copy other arrays.
+    Processes that tests start compile as users do.
     """
-    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
     jax.config.update("jax_disable_most_optimizations", True)
-    older, flags = "--xla_cpu_use_fusion_emitters=false", os.getenv("XLA_FLAGS", "")
-    if jax.__version_info__ < (0, 11) and older not in flags:  # later ones have none
-        os.environ["XLA_FLAGS"] = f"{flags} {older}".lstrip()
+    if jax.__version_info__ < (0, 11):  # later ones have no older emitters
+        flags = os.environ.get("XLA_FLAGS", "")
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_use_fusion_emitters=false"
+        jax.block_until_ready(jax.numpy.zeros(()))  # XLA reads them now, and only once
+        os.environ["XLA_FLAGS"] = flags
+
+
+compiled_quickly = False
 
 
 @pytest.hookimpl(tryfirst=True)  # Hypothesis reads the seed in the same hook
 def pytest_configure(config):
+    global compiled_quickly
     option = config.option
     # Of pyproject.toml's `-m` pytest keeps a space.
-    if option.markexpr.strip() in ("not slow", "slow") and not option.optimize:
+    compiled_quickly = option.markexpr.strip() == "not slow" and not option.optimize
+    if compiled_quickly:
         compile_quickly()
     if option.hypothesis_profile == "explore" and option.hypothesis_seed is None:
         option.hypothesis_seed = str(random.randrange(2**32))
@@ -94,6 +100,8 @@ SLOW_DOCUMENTS = {"models.md", "keras.md"}
 def pytest_itemcollected(item):
     if item.path.name in SLOW_DOCUMENTS:
         item.add_marker("slow")
+    if compiled_quickly and item.get_closest_marker("as_users_compile"):
+        item.add_marker(pytest.mark.skip(reason="needs --optimize"))
 
 
 # They belong to the site, which has requirements of its own.
@@ -102,7 +110,7 @@ collect_ignore_glob = ["docs/*.py"]
 
 def prepare_document(namespace):
     namespace["find_spec"] = find_spec  # to skip by
-    namespace["COMPILED_QUICKLY"] = "JAX_DISABLE_MOST_OPTIMIZATIONS" in os.environ
+    namespace["COMPILED_QUICKLY"] = compiled_quickly
     namespace["CONSOLE_FOLDER"] = folder_with_checkpoints()
     namespace["CHECKED"] = ExitStack()
     namespace["CHECKED"].enter_context(steps_are_checked())

@@ -9,7 +9,6 @@ import subprocess
 import jax
 import jax.numpy as jnp
 import pytest
-from choosing import as_users_compile
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from benchmarks import ROOT, tables
@@ -53,7 +52,7 @@ def test_pages_on_compiled_programs_have_the_published_figures():
         assert before == compiled.filled(before, published)
 
 
-@as_users_compile
+@pytest.mark.as_users_compile
 @pytest.mark.parametrize("donated", [False, True])
 def test_figures_of_a_compiled_step(donated):
     def step(table, ids):

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from choosing import as_users_compile
 from flax import nnx
 from jax.experimental.layout import Format, Layout
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
@@ -82,7 +81,7 @@ def test_one_argument_that_is_not_donated():
     match(sentences(only_params, *arguments()), f"{SLOT} is not donated")
 
 
-@as_users_compile
+@pytest.mark.as_users_compile
 def test_outputs_in_another_order():
     def reordered(params, state, ids):
         params, state, value = step(params, state, ids)
@@ -115,7 +114,7 @@ def test_an_output_of_another_dtype():
     assert re.match(f"table .* {why}", found[0])
 
 
-@as_users_compile
+@pytest.mark.as_users_compile
 def test_an_output_of_another_layout():
     here = SingleDeviceSharding(jax.devices()[0])
     by_columns = Format(Layout(major_to_minor=(1, 0)), here)

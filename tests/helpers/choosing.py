@@ -1,16 +1,10 @@
 """Which optimizers of the registry a test runs on, and which cases by default."""
 
-import os
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
 from registry import VARIANTS, Variant
-
-# XLA's older emitters copy other arrays and make other loops than those of users.
-as_users_compile = pytest.mark.skipif(
-    "JAX_DISABLE_MOST_OPTIMIZATIONS" in os.environ, reason="needs --optimize"
-)
 
 
 def only(holds: Callable[[Variant], object]) -> pytest.MarkDecorator:
