@@ -36,6 +36,7 @@ from monolith_optax._rows.gradients.rule_lookups import NotRowsError, Rule
 from monolith_optax._rows.gradients.split_tables import ShardMap
 from monolith_optax._rows.programs import jaxprs
 from monolith_optax._rows.programs.jaxprs import Equation, type_of
+from monolith_optax._rows.programs.varying import varying
 
 
 class Construct(FindsLookups, AddsZeros, Protocol):
@@ -64,7 +65,7 @@ class Lookup:
             lookup,
             place,
             by_data=any(map(is_data, indices)),
-            varying=jaxprs.varying(type_of(equation.outvars[0])),
+            varying=varying(type_of(equation.outvars[0])),
             active=any(finder.active(equation)),
         )
         return [True], Node(lookups=[found] if found else [], images=frozenset([0]))
@@ -144,7 +145,7 @@ class Ruled:
                     scatter.lookup,
                     finder.place(equation),
                     by_data,
-                    varying=jaxprs.varying(type_of(scatter.updates)),
+                    varying=varying(type_of(scatter.updates)),
                     active=True,
                 )
                 lookups += [found] if found else []

@@ -18,7 +18,7 @@ from monolith_optax._rows.gradients.row_images import (
     Scope,
     Value,
 )
-from monolith_optax._rows.programs import jaxprs
+from monolith_optax._rows.programs.varying import alike
 from monolith_optax._rows.slices.row_access import fetched
 from monolith_optax._rows.types import Shape
 from monolith_optax._shardings import split_evenly
@@ -39,12 +39,12 @@ class Added:
         """The rows of a table and what is added to them."""
         if table.is_spread:
             return self._looked_up(table, at)
-        array, ids = jaxprs.alike([table.array, at.ids])
+        array, ids = alike([table.array, at.ids])
         ids, self._ids[table.leaf] = self._signed(ids, at.outside)
         rows = fetched(array, ids, at.row_axes)
         if not isinstance(table.first_row, int):
             of_part = table.first_row * math.prod(array.shape[1 : at.row_axes])
-            ids, of_part = jaxprs.alike([ids, of_part])
+            ids, of_part = alike([ids, of_part])
             of_table = (ids + of_part).astype(ids.dtype)
             self._ids[table.leaf] = chosen(at.outside, -1, of_table)
         rows = rows + _placed_as(rows, self._zeros[table.leaf])
@@ -120,7 +120,7 @@ def chosen(
         return if_false
     mask = mask.reshape(mask.shape + (1,) * (if_false.ndim - mask.ndim))
     if_true = jnp.asarray(if_true, if_false.dtype)
-    mask, if_true, if_false = jaxprs.alike([mask, if_true, if_false])
+    mask, if_true, if_false = alike([mask, if_true, if_false])
     return jnp.where(mask, if_true, if_false)
 
 

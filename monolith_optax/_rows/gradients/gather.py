@@ -34,7 +34,7 @@ from jax import lax
 from jax.lax import GatherDimensionNumbers, GatherScatterMode
 from jax.typing import ArrayLike
 
-from monolith_optax._rows.programs import jaxprs
+from monolith_optax._rows.programs.varying import alike
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ class Lookup:
             start_index_map=(0,),
         )
         empty = jnp.zeros((self.shape[axis], 0), start.dtype)
-        empty, start = jaxprs.alike([empty, start])
+        empty, start = alike([empty, start])
         windows = lax.gather(
             empty,
             start[..., None],

@@ -29,6 +29,7 @@ from monolith_optax._rows.gradients.lookup_tree import (
 from monolith_optax._rows.gradients.row_images import Value, Values
 from monolith_optax._rows.programs import jaxprs
 from monolith_optax._rows.programs.jaxprs import Equation, Program
+from monolith_optax._rows.programs.varying import as_varying
 
 # The results of a branch, and the ids of the rows that each branch looks up.
 Branch: TypeAlias = tuple[Arrays, list[EachOf[Arrays]]]
@@ -222,6 +223,6 @@ def _padding(tree: Tree) -> EachOf[Arrays]:
 
     def ids(found: Found) -> Arrays:
         padding = jnp.full(found.ids_shape, -1, found.ids_dtype)
-        return [jaxprs.as_varying(padding, found.varying)] * len(found.tables)
+        return [as_varying(padding, found.varying)] * len(found.tables)
 
     return for_each(tree, ids)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from monolith_optax._rows.programs import jaxprs
 from monolith_optax._rows.programs.jaxprs import Equation
 from monolith_optax._rows.programs.made_later import Done, made
+from monolith_optax._rows.programs.varying import alike
 from monolith_optax._rows.slices.row_access import fetched
 
 
@@ -107,7 +108,7 @@ class Positions:
             if value not in self._tables:
                 self._tables[value] = self._of_table(value, self)
             return self._tables[value]
-        array, ids = jaxprs.alike([jnp.asarray(value), self.ids])
+        array, ids = alike([jnp.asarray(value), self.ids])
         rows = fetched(array, ids, self.row_axes)
         return rows.reshape(-1, *rows.shape[ids.ndim :])
 

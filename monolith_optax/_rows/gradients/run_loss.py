@@ -18,7 +18,7 @@ from monolith_optax._rows.gradients.spread_rows import (
     check_inside,
 )
 from monolith_optax._rows.gradients.trace_loss import Loss
-from monolith_optax._rows.programs import jaxprs
+from monolith_optax._rows.programs.varying import as_varying
 from monolith_optax._rows.types import ArrayType, PyTree
 
 
@@ -63,7 +63,7 @@ class LossRun:
         def zeros(table: ArrayType, row_axes: int) -> jax.Array:
             shape = *found.ids_shape, *table.shape[row_axes:]
             # Minus zero: plus zero would make plus zeros of rows of minus zeros.
-            return jaxprs.as_varying(-jnp.zeros(shape, table.dtype), found.varying)
+            return as_varying(-jnp.zeros(shape, table.dtype), found.varying)
 
         types = self._loss.types
         return [zeros(types[leaf], row_axes) for leaf, row_axes in found.tables]

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, replace
 from monolith_optax._rows.gradients.gather import Lookup, ids_dtype
 from monolith_optax._rows.gradients.image_facts import Facts, Known, Path, leaves_of
 from monolith_optax._rows.gradients.lookup_tree import Found
-from monolith_optax._rows.programs import jaxprs
 from monolith_optax._rows.programs.jaxprs import Atom, type_of
+from monolith_optax._rows.programs.varying import varying
 from monolith_optax._rows.types import ArrayType, Shape
 
 
@@ -161,8 +161,8 @@ class Uses:
             self._count(leaf, axes, place)
             tables.append((leaf, axes))
             most = max(most, math.prod(self.types[leaf].shape[:axes]))
-        dtype, varying = ids_dtype(most), jaxprs.varying(type_of(atom))
-        return Found(lookup, tuple(tables), ids_shape, dtype, varying, True, place)
+        dtype, axes_of_mesh = ids_dtype(most), varying(type_of(atom))
+        return Found(lookup, tuple(tables), ids_shape, dtype, axes_of_mesh, True, place)
 
     def _count(self, leaf: int, row_axes: int, place: str) -> None:
         """Notes how many of a leaf's axes are rows: as many for each lookup."""

@@ -15,11 +15,12 @@ from monolith_optax._rows.gradients.row_images import (
     made_of,
 )
 from monolith_optax._rows.gradients.row_maps import RowMap
-from monolith_optax._rows.programs import jaxprs, row_rules
+from monolith_optax._rows.programs import row_rules
 from monolith_optax._rows.programs.custom_rules import run_with_derivatives
 from monolith_optax._rows.programs.jaxprs import type_of
 from monolith_optax._rows.programs.row_values import Rows, Value, Whole
 from monolith_optax._rows.programs.run_on_rows import Runner
+from monolith_optax._rows.programs.varying import alike
 from monolith_optax._rows.slices.row_access import Table, fetched
 
 
@@ -66,7 +67,7 @@ class Concatenated:
             here = yield from made_of(value, part)
             inside = inside.reshape(-1, *[1] * (here.ndim - 1))
             if result is not None:
-                inside, here, result = jaxprs.alike([inside, here, result])
+                inside, here, result = alike([inside, here, result])
                 here = jnp.where(inside, here, result)
             result = here
         assert result is not None
@@ -89,7 +90,7 @@ class Changed:
         here = here if valid is None else here & valid.reshape(())
         here = here.reshape(-1, *[1] * (before.ndim - 1))
         update = update.reshape(1, *before.shape[1:])
-        here, before, update = jaxprs.alike([here, before, update])
+        here, before, update = alike([here, before, update])
         after = _CHANGES[str(image.equation.primitive.name)](before, update)
         return jnp.where(here, after, before)
 
@@ -122,7 +123,7 @@ class _Anywhere(Table):
     """Any positions; several may have the same row."""
 
     def gather(self, array: jax.Array) -> jax.Array:
-        array, ids = jaxprs.alike([jnp.asarray(array), self.ids])
+        array, ids = alike([jnp.asarray(array), self.ids])
         return fetched(array, ids, 1)
 
 

@@ -23,6 +23,7 @@ from monolith_optax._rows.programs.row_values import (
     kind,
     known_as,
 )
+from monolith_optax._rows.programs.varying import alike
 from monolith_optax._rows.slices.row_access import Table
 from monolith_optax._rows.types import PyTree
 
@@ -63,7 +64,7 @@ def run_with_derivatives(
     add_rule = _with_jvp if equation.primitive.name == "custom_jvp_call" else _with_vjp
     given = [table.ids, *(value.at(_table(value)) for value in operands)]
     if all(on_rows):  # the rule gives operands what varies as rows do
-        given = jaxprs.alike(given)
+        given = alike(given)
     arrays = add_rule(function, run, equation, operands, table, on_rows)(*given)
     return [
         known_as(array, kind.table, kind.constant)

@@ -16,9 +16,6 @@ from jax.extend import core, source_info_util
 from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 
-from monolith_optax._rows.programs.varying import alike as alike
-from monolith_optax._rows.programs.varying import as_varying as as_varying
-from monolith_optax._rows.programs.varying import varying as varying
 from monolith_optax._rows.types import ArrayType, Mesh, PyTree, Shape
 
 Value = TypeVar("Value")

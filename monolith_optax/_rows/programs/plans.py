@@ -11,12 +11,12 @@ from jax.sharding import NamedSharding
 
 from monolith_optax._rows.programs.jaxprs import (
     Equation,
-    alike,
     bind,
     evaluate_now,
     shapes_of,
 )
 from monolith_optax._rows.programs.primitives import ELEMENTWISE
+from monolith_optax._rows.programs.varying import alike
 from monolith_optax._rows.types import EquationParams
 from monolith_optax._shardings import with_row_axis
 
