@@ -7,6 +7,7 @@ its public way to define a kind of keys gives us such a dtype whose name tells w
 is. A key holds `~id`: the keys that `jnp.zeros_like` makes are then -1, padding.
 """
 
+import functools
 from typing import NoReturn, cast
 
 import jax
@@ -46,6 +47,7 @@ def is_opaque(leaf: object) -> bool:
     return bool(getattr(leaf, "dtype", None) == _DTYPE)
 
 
+@functools.partial(jax.jit, inline=True)  # one program, also outside jit
 def opaque(ids: jax.Array) -> jax.Array:
     """Opaque ids of int32 ids."""
     data = jax.lax.bitcast_convert_type(~ids, jnp.uint32)
@@ -66,6 +68,11 @@ def plain(ids: jax.Array) -> jax.Array:
         )
     if isinstance(ids, jax.ShapeDtypeStruct):
         return cast(jax.Array, cast(ArrayType, ids).update(dtype=jnp.int32))
+    return _int32(ids)
+
+
+@functools.partial(jax.jit, inline=True)
+def _int32(ids: jax.Array) -> jax.Array:
     data = jnp.squeeze(jax.random.key_data(ids), -1)
     return ~jax.lax.bitcast_convert_type(data, jnp.int32)
 

@@ -1,6 +1,7 @@
 """Every read and write of rows of a table."""
 
 import copy
+import functools
 import math
 from typing import TypeGuard
 
@@ -235,12 +236,7 @@ def _add_rows(
         old = placement.gather(table, ids).astype(wide)
         return placement.scatter(table, ids, (old + rows).astype(table.dtype))
     if wide == table.dtype:
-        return table.at[replicated(ids, table)].add(
-            replicated(rows, table),
-            mode="drop",
-            wrap_negative_indices=False,
-            out_sharding=explicit_sharding(table),
-        )
+        return _add_at(table, replicated(ids, table), replicated(rows, table))
     ids, rows = replicated(ids, table), replicated(rows, table)
     ids, rows = sum_duplicates(ids, rows, num_rows)
     old = table.at[ids].get(
@@ -262,3 +258,13 @@ def _add_rows(
 def _is_of(placement: Placement | None, num_rows: int) -> TypeGuard[Placement]:
     """Whether slices are placed as a table of so many rows is spread."""
     return placement is not None and placement.spread.num_rows == num_rows
+
+
+@functools.partial(jax.jit, inline=True)  # one program, also outside jit
+def _add_at(table: jax.Array, ids: jax.Array, rows: jax.Array) -> jax.Array:
+    return table.at[ids].add(
+        rows,
+        mode="drop",
+        wrap_negative_indices=False,
+        out_sharding=explicit_sharding(table),
+    )
