@@ -203,6 +203,7 @@ def test_learning_rate_may_be_traced(variant, params):
 def test_hyperparameters_may_be_vmapped(variant, params):
     names = numbers(variant)
 
+    @jax.jit
     def first_update(*values):
         tx = variant.make(**dict(zip(names, values, strict=True)))
         return tx.update(gradients(params), tx.init(params), params)[0]
@@ -326,7 +327,7 @@ def test_multi_steps_averages_gradients(variant, params):
     halves = [gradients(params, seed) for seed in (0, 1)]
     mean = jax.tree.map(lambda a, b: (a + b) / 2, *halves)
     tx = variant.make()
-    updates, _ = tx.update(mean, tx.init(params), params)
+    updates, _ = jax.jit(tx.update)(mean, tx.init(params), params)
     assert_close(result, optax.apply_updates(params, updates))
 
 
@@ -399,7 +400,8 @@ def test_dtypes_are_stable(variant, params, dtype, grad_dtype):
         slots = [x.dtype for x in jax.tree.leaves(state[1:])]
         assert {x.name for x in slots if jnp.issubdtype(x, jnp.floating)} <= {wide}
         params, grads = optax.tree.cast((params, grads), wide)
-        expected, _ = variant.make().update(grads, variant.make().init(params), params)
+        tx = variant.make()
+        expected, _ = jax.jit(tx.update)(grads, tx.init(params), params)
         rtol = max(2 * float(jnp.finfo(dtype).eps), 1e-6)
         chex.assert_trees_all_close(optax.tree.cast(updates, wide), expected, rtol=rtol)
 

@@ -128,11 +128,11 @@ def test_gradients_are_jaxs_and_of_rows(combiner):
         lists = None
         if weights is not None:
             lists = [jnp.asarray(part, jnp.float64) for part in WEIGHTS]
-        expected, of_lists = jax.grad(padded, (0, 1), allow_int=True)(params, lists)
-        value, actual = value_and_row_grad(loss, {"table": True, "dense": False})(
-            params, weights
-        )
-        np.testing.assert_allclose(value, padded(params, lists), rtol=1e-12)
+        value_and_grad = jax.jit(jax.value_and_grad(padded, (0, 1), allow_int=True))
+        expected_value, (expected, of_lists) = value_and_grad(params, lists)
+        ours = value_and_row_grad(loss, {"table": True, "dense": False})
+        value, actual = jax.jit(ours)(params, weights)
+        np.testing.assert_allclose(value, expected_value, rtol=1e-12)
         assert isinstance(actual["table"], RowSlices)
         np.testing.assert_allclose(
             actual["table"].to_dense(NUM_ROWS),
@@ -142,7 +142,7 @@ def test_gradients_are_jaxs_and_of_rows(combiner):
         )
         np.testing.assert_allclose(actual["dense"], expected["dense"], rtol=1e-10)
         if weights is not None:
-            of_weights = jax.grad(loss, 1)(params, weights)
+            of_weights = jax.jit(jax.grad(loss, 1))(params, weights)
             joined = np.concatenate(of_lists)
             np.testing.assert_allclose(of_weights[:10], joined, rtol=1e-10, atol=1e-12)
 
@@ -171,6 +171,7 @@ def test_bags_of_a_table_that_is_spread_over_devices(combiner):
 def test_a_maximum_that_several_have_has_the_gradient_of_the_first():
     table = jnp.array([[1.0, 5.0], [1.0, 2.0], [-jnp.inf, 2.0]])
 
+    @jax.jit
     def largest(table):
         ids, offsets = jnp.array([1, 0, 1, 2]), jnp.array([0, 3, 4])
         return bag_lookup(table, ids, offsets, combiner="max")
