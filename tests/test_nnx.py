@@ -71,7 +71,7 @@ def test_values_statistics_and_counts_are_those_of_nnx(jit, has_aux):
 
 
 def test_gradients_are_rows():
-    grad = nnx_value_and_row_grad(loss)
+    grad = nnx.jit(nnx_value_and_row_grad(loss))
     _, gradients = grad(Model(), jnp.array([3, 14]), 1.0)
     leaves = jax.tree.leaves(gradients, is_leaf=lambda g: isinstance(g, RowSlices))
     [slices] = [leaf for leaf in leaves if isinstance(leaf, RowSlices)]

@@ -128,6 +128,7 @@ def test_labels_of_a_picture_do_not_overlap(name):
         assert axes.bbox.y0 <= box.y0 < box.y1 <= axes.bbox.y1
 
 
+@pytest.mark.slow
 def test_train_recommender_quickly_beats_the_mean_rating(tmp_path):
     picture = tmp_path / "films.png"
     result = run("train_recommender.py", "--quick", "--plot", picture)

@@ -15,6 +15,8 @@ import optax
 from monolith_optax import (
     IdMap,
     RowCache,
+    embedding,
+    lazy_rows,
     reset_rows,
     uniform_rows,
     value_and_row_grad,
@@ -29,6 +31,7 @@ INIT = {
     "mean": None,
 }
 BATCH = 12
+ADAGRAD = lazy_rows(embedding.rowwise_adagrad(0.1))
 NAMES = "user", "item"
 
 

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from all_rows import (
+    ADAGRAD,
     BATCH,
     cached_by_id,
     ids_of,
@@ -24,7 +25,6 @@ from monolith_optax import RowCache, embedding, lazy_rows, uniform_rows
 ROWWISE = {name: v for name, v in VARIANTS.items() if v.row.for_rows}
 # A tenth more than the distinct ids that a batch may have, and row 0.
 SIZES = int(1.1 * BATCH) + 1, int(1.1 * 3 * BATCH) + 1
-ADAGRAD = lazy_rows(embedding.rowwise_adagrad(0.1))
 
 
 def assert_same(ours, theirs):

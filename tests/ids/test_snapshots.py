@@ -8,13 +8,19 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from all_rows import cached_by_id, make_cache, stream, train_all_rows, train_on
+from all_rows import (
+    ADAGRAD,
+    cached_by_id,
+    make_cache,
+    stream,
+    train_all_rows,
+    train_on,
+)
 from choosing import sampled
 
-from monolith_optax import RowCache, embedding, lazy_rows, uniform_rows
+from monolith_optax import RowCache, embedding, uniform_rows
 from monolith_optax._ids import row_store
 
-ADAGRAD = lazy_rows(embedding.rowwise_adagrad(0.1))
 SIZES = 14, 40
 
 

@@ -59,7 +59,7 @@ def test_reductions_over_rows_without_gradients(ids):
     params = dict.fromkeys(REDUCTIONS, parameters()["table"])
     for gradients in batches(ids=ids):
         slices = dict.fromkeys(REDUCTIONS, gradients["table"])
-        updates, _ = tx.update(slices, tx.init(params), params)
+        updates, _ = jax.jit(tx.update)(slices, tx.init(params), params)
         arrays = dict.fromkeys(REDUCTIONS, densely(gradients)["table"])
         expected, _ = jax.jit(inner.update)(arrays, inner.init(params), params)
         rows = touched(gradients)[:, None]
@@ -92,8 +92,8 @@ UNKNOWN = {
 
 @pytest.mark.parametrize("name", UNKNOWN)
 def test_operations_across_rows_are_refused_with_their_line(name):
-    if jax.__version_info__ < (0, 10):
-        jax.clear_caches()  # JAX's own jitted functions keep the line of their first call
+    if jax.__version_info__ < (0, 10):  # its own functions keep their first call's line
+        jax.clear_caches()
     rule, operation = UNKNOWN[name]
     line = r"test_run_on_rows\.py:\d+"
     why = "is not known to keep" if name in ("loop", "printed") else "needs"

@@ -111,7 +111,8 @@ LAZY_SGD = lazy_rows(optax.sgd(1.0))
 def test_any_ids(ids, seed):
     gradients = batch(np.array(ids, np.int32), seed)
     params = {"table": jnp.zeros((NUM_ROWS, DIM)), "dense": jnp.zeros(2)}
-    updates, _ = LAZY_SGD.update(gradients, LAZY_SGD.init(params), params)
+    update = jax.jit(LAZY_SGD.update)
+    updates, _ = update(gradients, LAZY_SGD.init(params), params)
     result = optax.apply_updates(params, updates)
     expected = -to_dense(gradients)["table"]
     np.testing.assert_allclose(result["table"], expected, atol=1e-5)
@@ -232,9 +233,9 @@ def test_dtypes(params, dtype, id_dtype):
         assert state.v["table"].dtype == jnp.float32
         result = optax.apply_updates(params, updates)
         chex.assert_trees_all_equal_shapes_and_dtypes(result, params)
-        expected = adamom(0.1).update(to_dense(gradients), before, params)[0]["table"]
+        expected, _ = jax.jit(adamom(0.1).update)(to_dense(gradients), before, params)
         np.testing.assert_allclose(
-            updates["table"].to_dense(NUM_ROWS), expected, rtol=1e-2
+            updates["table"].to_dense(NUM_ROWS), expected["table"], rtol=1e-2
         )
 
 

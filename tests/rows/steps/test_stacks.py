@@ -149,8 +149,8 @@ def test_a_lazy_step_on_a_stack_is_the_dense_one_on_its_rows(name):
     inner = OPTIMIZERS[name]()
     lazy, before = lazy_rows(inner), params()
     state = inner.init(before)
-    dense_gradients = jax.grad(loss)(before, IDS)
-    expected, dense_state = inner.update(dense_gradients, state, before)
+    dense_gradients = jax.jit(jax.grad(loss))(before, IDS)
+    expected, dense_state = jax.jit(inner.update)(dense_gradients, state, before)
     expected = optax.apply_updates(before, expected)
 
     @jax.jit
