@@ -1,8 +1,7 @@
 """Writes the figures of published runs into the pages on speed.
 
 `python -m benchmarks.tables` fills what stands between `<!-- benchmarks: NAME -->` and
-`<!-- end -->`, or after `<!-- benchmarks: NAME of FILE -->` with another run's figures;
-with `--check` it changes nothing and fails if a page is out of date.
+`<!-- end -->`; with `--check` it changes nothing and fails if a page is out of date.
 """
 
 import argparse
@@ -19,9 +18,7 @@ from benchmarks.results import cases, markdown, ratios, text
 DOCS = ROOT / "docs"
 RESULTS = DOCS / "benchmarks.json"
 PAGES = {DOCS / "speed.md": RESULTS, DOCS / "gpu.md": DOCS / "benchmarks_gpu.json"}
-MARKED = re.compile(
-    r"(<!-- benchmarks: (\w+)(?: of (\S+))? -->\n).*?(<!-- end -->)", re.DOTALL
-)
+MARKED = re.compile(r"(<!-- benchmarks: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def main() -> None:
@@ -44,8 +41,8 @@ def filled(page: str, results: Any) -> str:
     """A page with all of its tables made anew."""
 
     def fill(match: re.Match[str]) -> str:
-        start, name, file, end = match.groups()
-        given = _run(DOCS / file) if file else results
+        start, name, end = match.groups()
+        given = results
         if name == "overview":
             given = [_run(path) for path in PAGES.values()]
         return f"{start}\n{TABLES[name](given)}\n\n{end}"
