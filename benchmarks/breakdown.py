@@ -24,7 +24,7 @@ from monolith_optax import lazy_rows
 STEPS = 20  # in a trace
 # The first that is found in the names that XLA and JAX give to an operation.
 PARTS = {
-    "search for duplicates": r"one_position",
+    "search for duplicates": r"_search",
     "sum of duplicates": r"_step\)/scatter-add|wrapped_broadcast",  # into zeros
     "gather of slots": r"_step\)/gather",
     "scatter of slots": r"_step\)/scatter$",

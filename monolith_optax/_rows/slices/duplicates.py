@@ -9,8 +9,11 @@ from jax.typing import ArrayLike, DTypeLike
 
 from monolith_optax._shardings import replicated
 
-# Of the rounds of `_by_hash`: the factor, the limit, the positions, and who is left.
-_Round: TypeAlias = tuple[ArrayLike, ArrayLike, jax.Array, jax.Array]
+# The one position of each id, and ids that are all different.
+_Found: TypeAlias = tuple[jax.Array, jax.Array]
+
+# Of the rounds of `_by_hashing`: the factor, the limit, what is found, and who is left.
+_Round: TypeAlias = tuple[ArrayLike, ArrayLike, _Found, jax.Array]
 
 
 def sum_duplicates(
@@ -43,9 +46,8 @@ def distinct_ids(ids: jax.Array, num_rows: int) -> tuple[jax.Array, jax.Array]:
     ids beyond the table, for which `is_beyond` holds.
     """
     check_size(num_rows, ids.shape[0])
-    positions = one_position(ids, np.uint32(num_rows))
-    here = jnp.arange(ids.shape[0], dtype=jnp.int32)
-    return positions, jnp.where(positions == here, ids, LAST_ID - here)
+    found: _Found = _search(ids, np.uint32(num_rows))
+    return found
 
 
 def is_beyond(distinct: jax.Array) -> jax.Array:
@@ -80,27 +82,35 @@ def check_size(num_rows: int, batch_size: int) -> None:
         )
 
 
-@jax.jit  # for calls outside jit, which would compile the search anew each time
 def one_position(ids: jax.Array, num_rows: ArrayLike) -> jax.Array:
     """The last position in the batch of each id, on which all of its occurrences agree.
 
     Ids of no row get a position beyond the batch. `num_rows` is a uint32.
     """
-    if not isinstance(ids.shape[0], int):  # symbolic, for jax.export
-        return _by_sorting(ids, num_rows)
-    on_gpu = _by_pairs if len(ids) <= MOST_PAIRS else _by_sorting
-    positions: jax.Array = jax.lax.platform_dependent(
-        ids, num_rows, cuda=on_gpu, rocm=on_gpu, default=_by_hashing
-    )
+    positions: jax.Array = _search(ids, num_rows)[0]
     return positions
 
 
-def _by_hashing(ids: jax.Array, num_rows: ArrayLike) -> jax.Array:
+@jax.jit  # for calls outside jit, which would compile the search anew each time
+def _search(ids: jax.Array, num_rows: ArrayLike) -> _Found:
+    if not isinstance(ids.shape[0], int):  # symbolic, for jax.export
+        return _by_sorting(ids, num_rows)
+    on_gpu = _by_pairs if len(ids) <= MOST_PAIRS else _by_sorting
+    found: _Found = jax.lax.platform_dependent(
+        ids, num_rows, cuda=on_gpu, rocm=on_gpu, default=_by_hashing
+    )
+    return found
+
+
+def _by_hashing(ids: jax.Array, num_rows: ArrayLike) -> _Found:
     """In each round an id hashes to a slot, and the last position there wins the slot.
 
     It wins for all occurrences of its id. The ids that lost continue with another hash
     function. Two rounds are the rule, and on CPU they take a fifth of the time of
     sorting.
+
+    The loop finds the distinct ids, too: XLA's CPU compiler makes what follows from
+    positions inside of each gather, which then takes twice as long.
     """
     size = len(ids)
     bits = (8 * size - 1).bit_length()
@@ -108,7 +118,7 @@ def _by_hashing(ids: jax.Array, num_rows: ArrayLike) -> jax.Array:
     numbers = ids.astype(jnp.uint32)  # those below zero are beyond every table
 
     def compete(carry: _Round) -> _Round:
-        factor, limit, positions, undecided = carry
+        factor, limit, (positions, distinct), undecided = carry
         undecided &= numbers < limit
         slots = ((numbers * factor) >> (32 - bits)).astype(jnp.int32)
         claimed = jnp.where(undecided, slots, 1 << bits)
@@ -117,16 +127,18 @@ def _by_hashing(ids: jax.Array, num_rows: ArrayLike) -> jax.Array:
         winners = _within(last, slots)
         won = undecided & (_within(ids, winners) == ids)
         positions = jnp.where(won, winners, positions)
-        return factor * _GOLDEN, _NO_LIMIT, positions, undecided & ~won
+        distinct = jnp.where(won & (winners == here), ids, distinct)
+        return factor * _GOLDEN, _NO_LIMIT, (positions, distinct), undecided & ~won
 
     beyond = 0 * ids + size  # inside shard_map it varies as the ids do
+    nothing = beyond, 0 * ids + LAST_ID - here
     # A limit that the rounds change is not a constant of the compiled loop, which is
     # then the same for tables of all sizes.
-    start = jnp.uint32(_GOLDEN), num_rows, beyond, beyond > 0
+    start = jnp.uint32(_GOLDEN), num_rows, nothing, beyond > 0
     return jax.lax.while_loop(lambda c: c[3].any(), compete, start)[2]
 
 
-def _by_pairs(ids: jax.Array, num_rows: ArrayLike) -> jax.Array:
+def _by_pairs(ids: jax.Array, num_rows: ArrayLike) -> _Found:
     """Compares each id with each, in one kernel that stores none of the pairs.
 
     A loop on a GPU waits for the host in each round, which takes longer.
@@ -134,10 +146,10 @@ def _by_pairs(ids: jax.Array, num_rows: ArrayLike) -> jax.Array:
     here = jnp.arange(len(ids), dtype=jnp.int32)
     same = ids[:, None] == ids[None, :]
     last = jnp.where(same, here[None, :], -1).max(axis=1, initial=-1)
-    return jnp.where(ids.astype(jnp.uint32) < num_rows, last, len(ids))
+    return _found(ids, num_rows, last, here)
 
 
-def _by_sorting(ids: jax.Array, num_rows: ArrayLike) -> jax.Array:
+def _by_sorting(ids: jax.Array, num_rows: ArrayLike) -> _Found:
     """Sorts the ids once, and finds the end of each id's run by halving.
 
     The steps of that search are written out, so that one kernel takes them all.
@@ -151,8 +163,14 @@ def _by_sorting(ids: jax.Array, num_rows: ArrayLike) -> jax.Array:
         more = up_to + (1 << bit)
         greatest = _within(ascending, jnp.minimum(more, size) - 1)
         up_to = jnp.where((more <= size) & (greatest <= ids), more, up_to)
-    last = _within(order, up_to - 1)
-    return jnp.where(ids.astype(jnp.uint32) < num_rows, last, size)
+    return _found(ids, num_rows, _within(order, up_to - 1), here)
+
+
+def _found(
+    ids: jax.Array, num_rows: ArrayLike, last: jax.Array, here: jax.Array
+) -> _Found:
+    positions = jnp.where(ids.astype(jnp.uint32) < num_rows, last, ids.shape[0])
+    return positions, jnp.where(positions == here, ids, LAST_ID - here)
 
 
 def _within(array: jax.Array, indices: jax.Array) -> jax.Array:

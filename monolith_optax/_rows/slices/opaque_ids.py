@@ -68,7 +68,8 @@ def plain(ids: jax.Array) -> jax.Array:
         )
     if isinstance(ids, jax.ShapeDtypeStruct):
         return cast(jax.Array, cast(ArrayType, ids).update(dtype=jnp.int32))
-    return _int32(ids)
+    int32_ids: jax.Array = _int32(ids)
+    return int32_ids
 
 
 @functools.partial(jax.jit, inline=True)

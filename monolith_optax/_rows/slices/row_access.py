@@ -236,7 +236,10 @@ def _add_rows(
         old = placement.gather(table, ids).astype(wide)
         return placement.scatter(table, ids, (old + rows).astype(table.dtype))
     if wide == table.dtype:
-        return _add_at(table, replicated(ids, table), replicated(rows, table))
+        total: jax.Array = _add_at(
+            table, replicated(ids, table), replicated(rows, table)
+        )
+        return total
     ids, rows = replicated(ids, table), replicated(rows, table)
     ids, rows = sum_duplicates(ids, rows, num_rows)
     old = table.at[ids].get(

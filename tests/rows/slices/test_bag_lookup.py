@@ -183,6 +183,27 @@ def test_a_maximum_that_several_have_has_the_gradient_of_the_first():
     np.testing.assert_array_equal(nan, [[np.nan, 5], [-np.inf, 2]])
 
 
+@pytest.mark.parametrize("combiner", COMBINERS)
+def test_padding_has_nothing_of_rows_that_are_not_finite(combiner):
+    table = jnp.array([[jnp.nan, jnp.inf], [1.0, 2.0], [jnp.inf, jnp.nan]])
+    ids, offsets = jnp.array([-1, 1, 7]), jnp.array([0, 3])
+
+    def loss(table, weights):
+        return bag_lookup(table, ids, offsets, weights, combiner=combiner).sum()
+
+    value, slices = jax.jit(value_and_row_grad(loss, True))(table, None)
+    assert value == 3
+    assert slices.ids.tolist()[1] == 1
+    assert max(slices.ids.tolist()[::2]) < 0
+    assert slices.to_dense(3).tolist() == [[0, 0], [1, 1], [0, 0]]
+    if combiner == "max":
+        return
+    grad = jax.jit(jax.grad(loss, argnums=(0, 1)))
+    of_table, of_weights = grad(table, jnp.array([3.0, 2.0, 5.0]))
+    assert of_table[::2].tolist() == [[0, 0], [0, 0]]
+    assert of_weights[::2].tolist() == [0, 0]
+
+
 def test_sums_of_sixteen_bits_are_taken_in_float32():
     table = jnp.ones((1, 1), jnp.bfloat16)
     bag = bag_lookup(table, jnp.zeros(512, jnp.int32), jnp.array([0, 512]))

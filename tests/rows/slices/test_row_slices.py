@@ -280,10 +280,14 @@ def test_adamom_sees_the_sum_of_duplicates_in_a_bfloat16_table():
 @pytest.mark.parametrize("num_rows", [1, 7, 2**31 - 1000])
 @pytest.mark.parametrize("size", [0, 1, 500])
 def test_each_search_finds_the_last_position_of_each_id(search, num_rows, size):
+    """And there the id; elsewhere ids that count down from the largest."""
     ids = np.random.default_rng(size).integers(-3, 10, size).astype(np.int32)
     last = {int(i): position for position, i in enumerate(ids) if 0 <= i < num_rows}
-    positions = jax.jit(search)(jnp.asarray(ids), np.uint32(num_rows))
+    positions, distinct = jax.jit(search)(jnp.asarray(ids), np.uint32(num_rows))
     assert positions.tolist() == [last.get(int(i), size) for i in ids]
+    assert distinct.tolist() == [
+        i if last.get(i) == k else 2**31 - 1 - k for k, i in enumerate(ids.tolist())
+    ]
 
 
 @pytest.mark.parametrize("size", [2, 3, 7, 8, 9, 63, 64, 65, 2**17 + 1])
@@ -297,7 +301,7 @@ def test_sorting_finds_the_last_positions_in_batches_of_any_size(size):
     np.maximum.at(of_id := np.zeros(size, int), inverse, np.arange(size))
     valid = (ids >= 0) & (ids < 2**31 - 1)
     last[valid] = of_id[inverse][valid]
-    positions = jax.jit(_by_sorting)(jnp.asarray(ids), np.uint32(2**31 - 1))
+    positions, _ = jax.jit(_by_sorting)(jnp.asarray(ids), np.uint32(2**31 - 1))
     np.testing.assert_array_equal(positions, last)
 
 
@@ -307,10 +311,13 @@ def test_each_device_and_each_example_may_search_by_sorting():
     mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
     by_row, expected = jax.sharding.PartitionSpec("x"), [[2, 1, 2], [1, 1, 3]] * 4
     in_parts = jax.shard_map(
-        lambda part: search(part[0])[None], mesh=mesh, in_specs=by_row, out_specs=by_row
+        lambda part: search(part[0])[0][None],
+        mesh=mesh,
+        in_specs=by_row,
+        out_specs=by_row,
     )
     assert jax.jit(in_parts)(ids).tolist() == expected
-    assert jax.vmap(search)(ids).tolist() == expected
+    assert jax.vmap(search)(ids)[0].tolist() == expected
 
 
 @pytest.mark.parametrize("size", [1, 8192, 8193, 262_144])
