@@ -110,7 +110,7 @@ def _by_hashing(ids: jax.Array, num_rows: ArrayLike) -> _Found:
     sorting.
 
     The loop finds the distinct ids, too: XLA's CPU compiler makes what follows from
-    positions inside of each gather, which then takes twice as long.
+    positions inside each gather, which then takes twice as long.
     """
     size = len(ids)
     bits = (8 * size - 1).bit_length()
