@@ -74,7 +74,7 @@ def bag_lookup(
     any_row = weights is None and len(table) > 0
     rows = table.at[jnp.where(valid, ids, -1)].get(
         mode="promise_in_bounds" if any_row else "fill",
-        fill_value=None if any_row else 0,
+        fill_value=0,
         wrap_negative_indices=False,
     )
     wide = at_least_float32(table.dtype)

@@ -146,7 +146,7 @@ def _by_pairs(ids: jax.Array, num_rows: ArrayLike) -> _Found:
     here = jnp.arange(len(ids), dtype=jnp.int32)
     same = ids[:, None] == ids[None, :]
     last = jnp.where(same, here[None, :], -1).max(axis=1, initial=-1)
-    return _found(ids, num_rows, last, here)
+    return _with_distinct_ids(ids, num_rows, last, here)
 
 
 def _by_sorting(ids: jax.Array, num_rows: ArrayLike) -> _Found:
@@ -163,10 +163,10 @@ def _by_sorting(ids: jax.Array, num_rows: ArrayLike) -> _Found:
         more = up_to + (1 << bit)
         greatest = _within(ascending, jnp.minimum(more, size) - 1)
         up_to = jnp.where((more <= size) & (greatest <= ids), more, up_to)
-    return _found(ids, num_rows, _within(order, up_to - 1), here)
+    return _with_distinct_ids(ids, num_rows, _within(order, up_to - 1), here)
 
 
-def _found(
+def _with_distinct_ids(
     ids: jax.Array, num_rows: ArrayLike, last: jax.Array, here: jax.Array
 ) -> _Found:
     positions = jnp.where(ids.astype(jnp.uint32) < num_rows, last, ids.shape[0])

@@ -235,12 +235,10 @@ def _add_rows(
         ids, rows, placement = placement.sum_duplicates(ids, rows)
         old = placement.gather(table, ids).astype(wide)
         return placement.scatter(table, ids, (old + rows).astype(table.dtype))
-    if wide == table.dtype:
-        total: jax.Array = _add_at(
-            table, replicated(ids, table), replicated(rows, table)
-        )
-        return total
     ids, rows = replicated(ids, table), replicated(rows, table)
+    if wide == table.dtype:
+        total: jax.Array = _add_at(table, ids, rows)
+        return total
     ids, rows = sum_duplicates(ids, rows, num_rows)
     old = table.at[ids].get(
         mode="fill",
